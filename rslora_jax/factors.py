@@ -1,0 +1,272 @@
+"""Factors: how `a` and `b` start, what they add to a weight, and their product with inputs.
+
+The only maths of the two matrices. A weight is never needed here: `delta` is
+scale * a @ b in the weight's shape, `project` is scale * (x @ a) @ b without forming it.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rslora_jax.axes import delta_subscripts, factor_dims, fan_in
+from rslora_jax.config import LoraConfig
+from rslora_jax.paths import AdapterError, insert, lookup
+from rslora_jax.sites import Site
+
+__all__ = [
+    "Factor",
+    "LoraParams",
+    "contract",
+    "delta",
+    "factors_of",
+    "init",
+    "init_abstract",
+    "labelled",
+    "project",
+]
+
+PyTree: TypeAlias = Any
+Labels: TypeAlias = tuple[int, ...]
+
+
+class LoraParams(NamedTuple):
+    """The frozen tree and the adapter tree, side by side.
+
+    Attributes:
+      base: the caller's parameter tree, untouched.
+      lora: a nested dict with ``{"a": ..., "b": ...}`` at each adapted path; ``{}`` is no
+        adapter at all.
+    """
+
+    base: PyTree
+    lora: dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A factor as a product sees it: one label for each of the array's axes.
+
+    Attributes:
+      array: the factor.
+      labels: what each axis of the array is: an axis of the weight, or `axes.RANK`.
+    """
+
+    array: Any
+    labels: Labels = dataclasses.field(metadata={"static": True})
+
+
+def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str, Any]:
+    """Random `a` and zero `b` for every site, each jit-compiled once per shape.
+
+    The entries of `a` have a variance that does not depend on the rank, which theorem 3.2
+    of Kalajdzievski 2023 (arXiv 2312.03732) asks for. Each site folds its own path into
+    `key`, so that adding a site or a rule never changes another site's factors.
+
+    Args:
+      key: a typed PRNG key.
+      sites: the sites, with ranks.
+      config: gives `init` and `dtype`.
+
+    Returns:
+      A nested dict with ``{"a": [b.., i.., r], "b": [b.., r, o..]}`` at each path.
+    """
+    return _tree(sites, lambda site: _init_site(_fold(key, site.path), site, config))
+
+
+def init_abstract(sites: Sequence[Site], config: LoraConfig) -> dict[str, Any]:
+    """The result of `init` as `jax.ShapeDtypeStruct`s, without any computation."""
+
+    def struct(site: Site) -> dict[str, Any]:
+        dtype = _factor_dtype(site, config)
+        shapes = zip("ab", site.factor_shapes, strict=True)
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes}
+
+    return _tree(sites, struct)
+
+
+def factors_of(lora: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
+    """Reads the factors of every site, by path, and refuses what does not fit.
+
+    Args:
+      lora: the nested dict of a `LoraParams`.
+      sites: the sites that it was made for.
+
+    Returns:
+      ``{path: {"a": ..., "b": ...}}``; empty when `lora` is empty.
+
+    Raises:
+      AdapterError: for unknown, missing or wrongly shaped factors, with their paths.
+    """
+    if not lora:
+        return {}
+    found = {site.path: lookup(lora, site.path) for site in sites}
+    for site in sites:
+        _check_site(site, found[site.path])
+    _check_unknown(lora, sites)
+    return found
+
+
+def delta(site: Site, factors: Mapping[str, Any]) -> jax.Array:
+    """scale * a @ b in the shape of the weight, in float32 (float64 for a float64 weight).
+
+    Args:
+      site: gives axes, rank and scale.
+      factors: ``{"a": [b.., i.., r], "b": [b.., r, o..]}``.
+
+    Returns:
+      An array of ``site.shape``.
+    """
+    dtype = jnp.promote_types(jnp.float32, site.dtype)
+    a, b = (jnp.asarray(factors[name]).astype(dtype) for name in "ab")
+    product = jnp.einsum(delta_subscripts(site.axes), a, b, precision=lax.Precision.HIGHEST)
+    return product * jnp.asarray(site.scale, dtype)
+
+
+def project(
+    x: Factor,
+    first: Factor,
+    second: Factor,
+    out: Labels,
+    *,
+    scale: float,
+    left: bool,
+    dot: Callable[..., jax.Array],
+) -> Factor:
+    """scale * (x . first) . second: two thin products in place of one with the weight.
+
+    Args:
+      x: the activation; axes that a product sums over carry the weight's labels.
+      first: the factor that meets `x`.
+      second: the factor that follows.
+      out: the labels that must survive.
+      scale: the site's scale, applied to the rank-r side.
+      left: the weight stood on the left of the original product.
+      dot: ``dot(lhs, rhs, dimension_numbers)``, with the original's precision and
+        accumulation type.
+
+    Returns:
+      The product with its labels, in whatever order the products left them.
+    """
+    keep = {*out, *second.labels}
+    thin = contract(*((first, x) if left else (x, first)), keep=keep, dot=dot)
+    thin = Factor(_times(thin.array, scale), thin.labels)
+    return contract(*((second, thin) if left else (thin, second)), keep={*out}, dot=dot)
+
+
+def contract(lhs: Factor, rhs: Factor, *, keep: set[int], dot: Callable[..., jax.Array]) -> Factor:
+    """One `dot_general` over labelled axes: shared labels are summed unless in `keep`."""
+    lhs, rhs = _sum_lonely(lhs, rhs, keep), _sum_lonely(rhs, lhs, keep)
+    shared = [n for n in lhs.labels if n in rhs.labels]
+    batch = tuple(n for n in shared if n in keep)
+    summed = tuple(n for n in shared if n not in keep)
+    numbers = tuple(
+        (tuple(map(lhs.labels.index, ns)), tuple(map(rhs.labels.index, ns)))
+        for ns in (summed, batch)
+    )
+    free = [n for side in (lhs, rhs) for n in side.labels if n not in shared]
+    return Factor(dot(lhs.array, rhs.array, numbers), (*batch, *free))
+
+
+def _times(array: jax.Array, scale: float) -> jax.Array:
+    wide = jnp.promote_types(array.dtype, jnp.float32)  # a scale rounded to bfloat16 is off
+    return (array.astype(wide) * scale).astype(array.dtype)
+
+
+def _sum_lonely(side: Factor, other: Factor, keep: set[int]) -> Factor:
+    lonely = [k for k, n in enumerate(side.labels) if n not in keep and n not in other.labels]
+    if not lonely:
+        return side
+    labels = tuple(n for k, n in enumerate(side.labels) if k not in lonely)
+    return Factor(side.array.sum(tuple(lonely)), labels)
+
+
+def _tree(sites: Sequence[Site], make: Callable[[Site], dict[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for site in sites:
+        insert(tree, site.path, make(site))
+    return tree
+
+
+def _factor_dtype(site: Site, config: LoraConfig) -> Any:
+    wide = jnp.promote_types(jnp.float32, site.dtype)
+    return jnp.dtype(wide if config.dtype is None else config.dtype)
+
+
+def _fold(key: jax.Array, path: str) -> jax.Array:
+    digest = hashlib.sha256(path.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "little"))
+    return key
+
+
+def _init_site(key: jax.Array, site: Site, config: LoraConfig) -> dict[str, Any]:
+    a_shape, b_shape = site.factor_shapes
+    dtype = _factor_dtype(site, config)
+    bound = 1 / math.sqrt(fan_in(site.axes, site.shape))
+    a, b = _draw(key, config.init, a_shape, b_shape, dtype, bound)
+    if a.shape != a_shape or a.dtype != dtype:
+        raise AdapterError(
+            f"LoraConfig.init was asked for {a_shape} of {dtype} at {site.path!r} and gave "
+            f"{a.shape} of {a.dtype}. Return exactly the shape and dtype that are passed in."
+        )
+    return {"a": a, "b": b}
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _draw(
+    key: jax.Array,
+    init: Any,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    dtype: Any,
+    bound: float,
+) -> tuple[jax.Array, jax.Array]:
+    b = jnp.zeros(b_shape, dtype)
+    if callable(init):
+        return init(key, a_shape, dtype), b
+    if init == "normal":
+        return bound * jax.random.normal(key, a_shape, dtype), b
+    return jax.random.uniform(key, a_shape, dtype, -bound, bound), b
+
+
+def _check_site(site: Site, found: Any) -> None:
+    if not isinstance(found, Mapping) or set(found) != {"a", "b"}:
+        there = sorted(found) if isinstance(found, Mapping) else "nothing"
+        raise AdapterError(
+            f"The site {site.path!r} needs the factors ['a', 'b'], found {there}. Pass the lora "
+            "tree that `adapt` returned for these sites, or {} for no adapter at all."
+        )
+    for name, shape in zip("ab", site.factor_shapes, strict=True):
+        got = jnp.shape(found[name])
+        if got != shape:
+            raise AdapterError(
+                f"Factor {site.path + '/' + name!r} must have shape {shape} (rank {site.rank}, "
+                f"axes {site.axes!r}), found {got}. Use the sites that these factors were made for."
+            )
+
+
+def _check_unknown(lora: Mapping[str, Any], sites: Sequence[Site]) -> None:
+    known = {f"{site.path}/{name}" for site in sites for name in "ab"}
+    keyed = jax.tree_util.tree_flatten_with_path(lora)[0]
+    paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in keyed]
+    unknown = sorted(set(paths) - known)
+    if unknown:
+        raise AdapterError(
+            f"The lora tree holds factors that no site knows: {unknown[:4]}. The sites are "
+            f"{[site.path for site in sites][:8]}. Remove them, or use the sites they belong to."
+        )
+
+
+def labelled(site: Site, factors: Mapping[str, Any]) -> tuple[Factor, Factor]:
+    """The two factors of a site, labelled by the weight's axes."""
+    a, b = factor_dims(site.axes)
+    return Factor(factors["a"], a), Factor(factors["b"], b)
+

@@ -1,0 +1,125 @@
+"""Program: an apply function traced once, with its parameters and arguments laid out flat."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
+from rslora_jax.tracing import open_jaxpr
+
+__all__ = ["Program", "capture", "capture_example", "is_array"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced apply function.
+
+    Attributes:
+      jaxpr: the program, without its constants.
+      consts: arrays that the function closed over.
+      base: the parameters, flat.
+      weights: the positions in `base` that are arrays: the first inputs of `jaxpr`.
+      inputs: the arrays among the arguments: the other inputs of `jaxpr`.
+      rebuild: puts the program's outputs back into the function's own output tree.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    base: Flat
+    weights: tuple[int, ...]
+    inputs: tuple[Any, ...]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def capture(
+    apply_fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Program:
+    """Traces ``apply_fn(params, *args, **kwargs)``.
+
+    Arrays and typed keys are traced, whether concrete, abstract or traced already; all other
+    leaves of the arguments and parameters stay the Python values that they are.
+
+    Raises:
+      AdapterError: if the function uses a traced value as a static one, or leaks tracers.
+    """
+    base = flatten(params)
+    weights = tuple(k for k, leaf in enumerate(base.leaves) if is_array(leaf))
+    leaves, treedef = jax.tree.flatten((tuple(args), dict(kwargs)))
+    inputs = tuple(k for k, leaf in enumerate(leaves) if is_array(leaf))
+    output: dict[str, Any] = {}
+
+    def flat(weight_values: Sequence[Any], input_values: Sequence[Any]) -> list[Any]:
+        tree = unflatten(base, _fill(base.leaves, weights, weight_values))
+        call_args, call_kwargs = jax.tree.unflatten(treedef, _fill(leaves, inputs, input_values))
+        results, output["treedef"] = jax.tree.flatten(apply_fn(tree, *call_args, **call_kwargs))
+        output["arrays"] = [k for k, leaf in enumerate(results) if is_array(leaf)]
+        output["leaves"] = [None if is_array(leaf) else leaf for leaf in results]
+        return [results[k] for k in output["arrays"]]
+
+    closed = _trace(flat, [base.leaves[k] for k in weights], [leaves[k] for k in inputs])
+    jaxpr, consts = open_jaxpr(closed)
+
+    def rebuild(values: Sequence[Any]) -> Any:
+        filled = _fill(output["leaves"], output["arrays"], values)
+        return jax.tree.unflatten(output["treedef"], filled)
+
+    return Program(jaxpr, consts, base, weights, tuple(leaves[k] for k in inputs), rebuild)
+
+
+def capture_example(
+    apply_fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Program:
+    """`capture` for an example call: whatever fails says which call it was.
+
+    Raises:
+      AdapterError: if the function fails on these parameters and arguments.
+    """
+    try:
+        return capture(apply_fn, params, args, kwargs)
+    except AdapterError:
+        raise
+    except Exception as error:
+        shapes = jax.tree.map(lambda x: getattr(x, "shape", x), (tuple(args), dict(kwargs)))
+        paths = flatten(params).paths
+        raise AdapterError(
+            f"The apply function fails on the example call, with {type(error).__name__}: "
+            f"{_first_line(error)}. It was given {len(paths)} parameters "
+            f"({', '.join(paths[:4])}{', ...' if len(paths) > 4 else ''}) and arguments of "
+            f"shapes {shapes}. Pass the parameters and arguments of one working call."
+        ) from error
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced: an array, a typed key or an abstract array."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _fill(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    filled = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        filled[place] = value
+    return filled
+
+
+def _trace(flat: Callable[..., Any], weights: list[Any], inputs: list[Any]) -> Any:
+    try:
+        return jax.make_jaxpr(flat)(weights, inputs)
+    except jax.errors.UnexpectedTracerError as error:
+        raise AdapterError(
+            "The apply function is not pure: it used a value left over from an earlier trace "
+            "(a leaked tracer), for example one stored in a global, a closure or an object. "
+            f"Return such values instead of storing them. JAX says: {_first_line(error)}"
+        ) from error
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise AdapterError(
+            "The apply function uses a traced value as a static one, for example in a Python "
+            "`if`. Arrays are traced and plain Python values are static: pass the argument as "
+            f"a Python bool, int or str instead of an array. JAX says: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,241 @@
+"""Tracing: evaluates a jaxpr with some weights held as base + low-rank factors.
+
+A `Held` weight travels through the program in place of its array. Two tables say what each
+primitive does with it (`rewrites` for mathematics, `control` for control flow); everything
+that no held weight enters is bound unchanged.
+While the factors are absent the same walk *discovers*: it reports each use of a weight.
+
+All knowledge of how JAX versions differ lives in this file.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var
+
+from rslora_jax.factors import Factor
+from rslora_jax.paths import AdapterError
+
+__all__ = [
+    "Held",
+    "Unsupported",
+    "Walk",
+    "bind",
+    "describe_use",
+    "evaluate",
+    "open_jaxpr",
+    "scan_counts",
+    "settle",
+    "where",
+]
+
+Rule: TypeAlias = Callable[..., Any]
+View: TypeAlias = tuple[frozenset[int], ...]
+
+FOREIGN = ("jax", "jaxlib", "flax", "haiku", "equinox", "rslora_jax", "contextlib.py")
+
+
+class Unsupported(Exception):
+    """Raised by a rule: this use has no low-rank form, for the reason given."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A weight, or a view of it, as base + scale * (factors multiplied over the rank).
+
+    Attributes:
+      base: the array, transformed just as the program transforms it.
+      factors: `a` and `b`, labelled by the axes of `base`; ``()`` while discovering.
+      path: the weight's path.
+      view: for each axis of `base`, the axes of the weight that it came from.
+      scale: the site's scale.
+      merge: form the whole weight for a use that has no low-rank form.
+      rows: the axes of the weight that rows were picked along, where the result may be an
+        activation; empty for a weight.
+    """
+
+    base: Any
+    factors: tuple[Factor, ...]
+    path: str = dataclasses.field(metadata={"static": True})
+    view: View = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
+    merge: bool = dataclasses.field(metadata={"static": True}, default=False)
+    rows: frozenset[int] = dataclasses.field(metadata={"static": True}, default=frozenset())
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What one walk over a program carries along.
+
+    Attributes:
+      rules: primitive name -> ``rule(walk, eqn, *operands) -> result(s)``.
+      control: primitive name -> ``rule(walk, eqn, operands, needed) -> results``, where
+        `needed` says which results are used.
+      whole: forms base + delta of a `Held`.
+      record: called as ``record(held, eqn, kind, roles, whole=..., reason=...)`` while
+        discovering; it returns the name of the use.
+      memo: rebuilt functions, so that a function used twice is traced once.
+      inside: the walk is inside a function with a derivative rule of its own.
+    """
+
+    rules: Mapping[str, Rule]
+    control: Mapping[str, Rule]
+    whole: Callable[[Held], jax.Array]
+    record: Callable[..., str] | None = None
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    inside: bool = False
+
+
+def evaluate(
+    walk: Walk, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], wanted: Any = None
+) -> list[Any]:
+    """Evaluates `jaxpr` on arrays and `Held` weights.
+
+    Args:
+      walk: rules and policy.
+      jaxpr: the program, without its constants.
+      consts: values of ``jaxpr.constvars``.
+      args: values of ``jaxpr.invars``: arrays or `Held`.
+      wanted: which outputs are needed (a tuple of bools); None means all. What only
+        serves the others is not evaluated.
+
+    Returns:
+      The outputs; a `Held` that reaches an output stays one, an unwanted output is None.
+    """
+    wanted = tuple(wanted) if wanted is not None else (True,) * len(jaxpr.outvars)
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    outer = source_info_util.current_name_stack()
+    for eqn, needed in _live(jaxpr, wanted):
+        stack = outer + eqn.source_info.name_stack
+        traceback = eqn.source_info.traceback
+        with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
+            results = _step(walk, eqn, [_read(env, v) for v in eqn.invars], needed)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [_read(env, v) if want else None for v, want in zip(jaxpr.outvars, wanted, strict=True)]
+
+
+def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaque") -> Any:
+    """The array that `value` stands for, where a `Held` cannot go on.
+
+    Args:
+      walk: rules and policy.
+      eqn: the equation that needs it, for messages; None for the function's output.
+      value: an array, or a `Held`.
+      reason: why the low-rank form ends here.
+      kind: ``"opaque"``, ``"lookup"`` or ``"output"``.
+
+    Raises:
+      AdapterError: if the use is opaque and the site is not to be merged.
+    """
+    if not isinstance(value, Held):
+        return value
+    if not value.factors:
+        return _discovered(walk, eqn, value, reason, kind)
+    if kind == "opaque" and not (value.merge or value.rows):
+        raise AdapterError(
+            f"{value.path!r} has an adapter, but {describe_use(eqn, reason)} uses the weight "
+            "in a way that the example call of `adapt` did not show. Adapt with an example "
+            "that does, or set LoraConfig(unsupported='merge')."
+        )
+    return walk.whole(value)
+
+
+def open_jaxpr(closed: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants; newer JAX keeps both in one class."""
+    if isinstance(closed, ClosedJaxpr) and hasattr(closed, "jaxpr"):
+        return closed.jaxpr, closed.consts
+    return closed, getattr(closed, "consts", ())
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried."""
+    params = eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"]
+    return len(consts), len(carry)
+
+
+def where(eqn: JaxprEqn) -> str:
+    """The user's file, line and function behind an equation."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback is not None else []
+    for frame in frames:
+        parts = Path(frame.file_name).parts
+        if not any(name in parts for name in FOREIGN):
+            return f"{parts[-1]}:{frame.line_num} ({frame.function_name})"
+    return source_info_util.summarize(eqn.source_info)
+
+
+def describe_use(eqn: Any, reason: str) -> str:
+    """`primitive` at file:line, and why it has no low-rank form."""
+    if eqn is None:
+        return "the function's output"
+    return f"`{eqn.primitive.name}` at {where(eqn)}" + (f" ({reason})" if reason else "")
+
+
+def _read(env: dict[Var, Any], var: Any) -> Any:
+    return var.val if isinstance(var, Literal) else env[var]
+
+
+def _live(
+    jaxpr: Jaxpr, wanted: tuple[bool, ...]
+) -> list[tuple[JaxprEqn, tuple[bool, ...]]]:
+    """The equations that the wanted outputs need, with which of their results are used."""
+    used = {
+        v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and isinstance(v, Var)
+    }
+    live: list[tuple[JaxprEqn, tuple[bool, ...]]] = []
+    for eqn in reversed(jaxpr.eqns):
+        needed = tuple(not isinstance(v, DropVar) and v in used for v in eqn.outvars)
+        if any(needed) or eqn.effects:
+            live.append((eqn, needed))
+            used.update(v for v in eqn.invars if isinstance(v, Var))
+    return live[::-1]
+
+
+def _step(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
+    if not any(isinstance(arg, Held) for arg in args):
+        return bind(eqn, args)
+    name = eqn.primitive.name
+    try:
+        if name in walk.control:
+            return walk.control[name](walk, eqn, _typed(eqn, args), needed)
+        if name in walk.rules:
+            results = walk.rules[name](walk, eqn, *args)
+            return list(results) if eqn.primitive.multiple_results else [results]
+        reason = ""
+    except Unsupported as error:
+        reason = str(error)
+    return bind(eqn, [settle(walk, eqn, arg, reason) for arg in args])
+
+
+def _typed(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """Literals as arrays: a rebuilt loop or call must not see Python numbers."""
+    return [
+        jnp.asarray(arg, v.aval.dtype) if isinstance(v, Literal) else arg
+        for v, arg in zip(eqn.invars, args, strict=True)
+    ]
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Binds an equation's primitive unchanged."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    results = eqn.primitive.bind(*args, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _discovered(walk: Walk, eqn: Any, held: Held, reason: str, kind: str) -> Any:
+    assert walk.record is not None
+    if kind == "opaque" and held.rows:
+        kind, reason = "lookup", ""
+    name = walk.record(held, eqn, kind, (), reason=reason, whole=walk.inside)
+    return checkpoint_name(held.base, name)
