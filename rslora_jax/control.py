@@ -22,9 +22,14 @@ __all__ = ["CONTROL"]
 
 
 def _call(walk: Walk, eqn: JaxprEqn, needed: tuple[bool, ...], key: str) -> Callable[..., Any]:
-    """The inner program as a function of the operands; one function per program and use."""
+    """The inner program as a function of the operands."""
     jaxpr, consts = open_jaxpr(eqn.params[key])
-    return lambda *args: evaluate(walk, jaxpr, consts, args, needed)
+    inner = _within(walk, eqn)
+    return lambda *args: evaluate(inner, jaxpr, consts, args, needed)
+
+
+def _within(walk: Walk, eqn: JaxprEqn) -> Walk:
+    return dataclasses.replace(walk, callers=(*walk.callers, eqn))
 
 
 def _jit(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
@@ -79,7 +84,7 @@ def _cond(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) 
         jaxpr, consts = open_jaxpr(closed)
 
         def run(*operands: Any) -> list[Any]:
-            results = evaluate(walk, jaxpr, consts, operands, needed)
+            results = evaluate(_within(walk, eqn), jaxpr, consts, operands, needed)
             return [settle(walk, eqn, result, "returned by a branch") for result in results]
 
         return run
@@ -96,10 +101,11 @@ def _while(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...])
     fixed, start = _split_carry(walk, eqn, carry, body.invars[m:], body.outvars)
 
     def test(moving: list[Any]) -> Any:
-        return evaluate(walk, cond, cond_consts, [*outer, *_join(fixed, moving)])[0]
+        return evaluate(_within(walk, eqn), cond, cond_consts, [*outer, *_join(fixed, moving)])[0]
 
     def step(moving: list[Any]) -> list[Any]:
-        results = evaluate(walk, body, body_consts, [*inner, *_join(fixed, moving)])
+        operands = [*inner, *_join(fixed, moving)]
+        results = evaluate(_within(walk, eqn), body, body_consts, operands)
         return [settle(walk, eqn, r, "carried") for k, r in enumerate(results) if k not in fixed]
 
     return _join(fixed, lax.while_loop(test, step, start))
@@ -120,7 +126,7 @@ def _scan(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) 
     def step(moving: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         layer = [_unsplit_xs(x, s) for x, s in zip(xs, slices, strict=True)]
         operands = [*consts, *_join(fixed, moving), *layer]
-        results = evaluate(walk, jaxpr, jaxpr_consts, operands, wanted)
+        results = evaluate(_within(walk, eqn), jaxpr, jaxpr_consts, operands, wanted)
         results = [settle(walk, eqn, r, "returned by the loop") for r in _drop(results, fixed)]
         return results[: len(start)], results[len(start) :]
 

@@ -97,6 +97,7 @@ class _Recorder:
 
     def __call__(
         self,
+        walk: Walk,
         held: Held,
         eqn: Any,
         kind: str,
@@ -108,9 +109,9 @@ class _Recorder:
         key = (held.path, id(eqn), held.view, kind)
         if key not in self.seen:
             primitive = "output" if eqn is None else eqn.primitive.name
-            place = "the function's output" if eqn is None else where(eqn)
+            place = "the function's output" if eqn is None else where(walk, eqn)
             letters = _letters(held, kind, roles, self.ndims[held.path])
-            use = Use(primitive, kind, place, letters, whole, reason)
+            use = Use(primitive, kind, place, letters, whole or walk.inside, reason)
             self.seen[key] = _Report(held.path, use, held.view, f"{MARK}{len(self.seen)}")
         return self.seen[key].name
 
@@ -173,10 +174,16 @@ def _judge(
         leaf.dtype.name,
         uses,
         embedding=any(use.kind == "lookup" for use in uses),
-        head=any(report.name in heads for report in reports),
+        head=_is_head(reports, heads),
     )
     blocked = _blocked(reports, axes)
-    return Left(path, shape, blocked, matrix=True, site=site) if blocked else site
+    return Left(path, shape, blocked, matrix=bool(axes), site=site) if blocked else site
+
+
+def _is_head(reports: Sequence[_Report], heads: set[str]) -> bool:
+    """Every product of the weight is an output's; a stack whose last layer is one is none."""
+    products = [report.name in heads for report in reports if report.use.kind == "product"]
+    return bool(products) and all(products)
 
 
 def _axes(reports: Sequence[_Report]) -> str:

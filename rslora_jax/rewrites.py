@@ -533,7 +533,7 @@ def _report(
     roles = tuple(
         "i" if k in summed else "b" if k in stacked else "o" for k in range(len(held.view))
     )
-    name = walk.record(held, eqn, "product", roles, whole=whole or walk.inside)
+    name = walk.record(walk, held, eqn, "product", roles, whole=whole)
     return checkpoint_name(base, name)
 
 

@@ -98,7 +98,8 @@ class Left:
       path: the parameter's path.
       shape: its shape.
       reason: why it was left alone, or why it cannot be adapted.
-      matrix: it is a floating-point array of at least two axes that the program uses.
+      matrix: it is a matrix: the program uses it as one, or does not use it at all, so that
+        targeting it is an error.
       site: the site it would be if its uses without a low-rank form were merged, else None.
     """
 
@@ -190,6 +191,8 @@ def _target(found: Sites, config: LoraConfig) -> dict[str, str]:
         if not matched:
             raise AdapterError(_no_match("target", entry, config.targets, paths))
         usable = [path for path in matched if _is_matrix(found, path)]
+        if config.unsupported == "merge":
+            usable = usable or [path for path in matched if _can_merge(found, path)]
         if not usable:
             raise AdapterError(_no_matrix(found, entry, matched))
         chosen.update({path: entry for path in usable if path not in chosen})
@@ -231,6 +234,10 @@ def _is_matrix(found: Sites, path: str) -> bool:
     return any(site.path == path for site in found) or any(
         left.path == path and left.matrix for left in found.left
     )
+
+
+def _can_merge(found: Sites, path: str) -> bool:
+    return any(left.path == path and left.site is not None for left in found.left)
 
 
 def _site(found: Sites, path: str, config: LoraConfig) -> Site:
@@ -303,22 +310,22 @@ def _no_match(what: str, entry: str, wanted: object, paths: Sequence[str]) -> st
 def _no_matrix(found: Sites, entry: str, matched: Sequence[str]) -> str:
     left = next(left for left in found.left if left.path == matched[0])
     return (
-        f"The target {entry!r} matches only parameters that are no matrices, such as "
-        f"{left.path!r} of shape {left.shape} ({left.reason}). "
-        f"The nearest weights that can be adapted are {nearest(entry, [s.path for s in found])}."
+        f"The target {entry!r} matches only parameters that no matrix product uses, such as "
+        f"{left.path!r} of shape {left.shape} ({left.reason}).{_remedy(left)} The nearest weights that can be adapted are {nearest(entry, [s.path for s in found])}."
     )
 
 
 def _blocked(left: Left) -> str:
-    remedy = (
-        " or set LoraConfig(unsupported='merge') to form W + scale * a @ b for it"
-        if left.site is not None
-        else ""
-    )
     return (
         f"{left.path!r} of shape {left.shape} is targeted, but it cannot be adapted: "
-        f"{left.reason}. Leave it out with LoraConfig(exclude=[{left.path!r}]){remedy}."
+        f"{left.reason}. Leave it out with LoraConfig(exclude=[{left.path!r}]).{_remedy(left)}"
     )
+
+
+def _remedy(left: Left) -> str:
+    if left.site is None:
+        return ""
+    return " Or set LoraConfig(unsupported='merge') to form W + scale * a @ b for it."
 
 
 def _nothing(found: Sites, config: LoraConfig, excluded: set[str]) -> str:

@@ -79,10 +79,11 @@ class Walk:
       control: primitive name -> ``rule(walk, eqn, operands, needed) -> results``, where
         `needed` says which results are used.
       whole: forms base + delta of a `Held`.
-      record: called as ``record(held, eqn, kind, roles, whole=..., reason=...)`` while
-        discovering; it returns the name of the use.
+      record: called as ``record(walk, held, eqn, kind, roles, whole=..., reason=...)``
+        while discovering; it returns the name of the use.
       memo: rebuilt functions, so that a function used twice is traced once.
       inside: the walk is inside a function with a derivative rule of its own.
+      callers: the equations around the present program, outermost first.
     """
 
     rules: Mapping[str, Rule]
@@ -91,6 +92,7 @@ class Walk:
     record: Callable[..., str] | None = None
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inside: bool = False
+    callers: tuple[JaxprEqn, ...] = ()
 
 
 def evaluate(
@@ -141,7 +143,7 @@ def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaq
         return _discovered(walk, eqn, value, reason, kind)
     if kind == "opaque" and not (value.merge or value.rows):
         raise AdapterError(
-            f"{value.path!r} has an adapter, but {describe_use(eqn, reason)} uses the weight "
+            f"{value.path!r} has an adapter, but {describe_use(walk, eqn, reason)} uses the weight "
             "in a way that the example call of `adapt` did not show. Adapt with an example "
             "that does, or set LoraConfig(unsupported='merge')."
         )
@@ -160,26 +162,35 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     params = eqn.params
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]
+    consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
 
 
-def where(eqn: JaxprEqn) -> str:
-    """The user's file, line and function behind an equation."""
+def where(walk: Walk, eqn: JaxprEqn) -> str:
+    """The user's file, line and function behind an equation, or behind its nearest caller."""
+    for at in (eqn, *reversed(walk.callers)):
+        for frame in _frames(at):
+            if not any(name in Path(frame.file_name).parts for name in FOREIGN):
+                return _place(frame)
+    library = [f for f in _frames(eqn) if "jax" not in Path(f.file_name).parts]
+    return _place(library[0]) if library else "an unknown line"
+
+
+def _frames(eqn: JaxprEqn) -> Sequence[Any]:
     traceback = eqn.source_info.traceback
-    frames = traceback.frames if traceback is not None else []
-    for frame in frames:
-        parts = Path(frame.file_name).parts
-        if not any(name in parts for name in FOREIGN):
-            return f"{parts[-1]}:{frame.line_num} ({frame.function_name})"
-    return source_info_util.summarize(eqn.source_info)
+    return () if traceback is None else traceback.frames
 
 
-def describe_use(eqn: Any, reason: str) -> str:
+def _place(frame: Any) -> str:
+    file = "/".join(Path(frame.file_name).parts[-2:])
+    return f"{file}:{frame.line_num} ({frame.function_name})"
+
+
+def describe_use(walk: Walk, eqn: Any, reason: str) -> str:
     """`primitive` at file:line, and why it has no low-rank form."""
     if eqn is None:
         return "the function's output"
-    return f"`{eqn.primitive.name}` at {where(eqn)}" + (f" ({reason})" if reason else "")
+    return f"`{eqn.primitive.name}` at {where(walk, eqn)}" + (f" ({reason})" if reason else "")
 
 
 def _read(env: dict[Var, Any], var: Any) -> Any:
@@ -237,5 +248,7 @@ def _discovered(walk: Walk, eqn: Any, held: Held, reason: str, kind: str) -> Any
     assert walk.record is not None
     if kind == "opaque" and held.rows:
         kind, reason = "lookup", ""
-    name = walk.record(held, eqn, kind, (), reason=reason, whole=walk.inside)
+    name = walk.record(walk, held, eqn, kind, (), reason=reason)
+    if kind == "output":
+        return held.base
     return checkpoint_name(held.base, name)
