@@ -1,0 +1,58 @@
+"""What a long-running script owes its user: a clean Ctrl-C, whole files, and where the time went.
+
+Only the standard library, so that a script can import it before everything that is slow.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report it
+
+
+def exit_on_interrupt(message: str) -> None:
+    """From now on Ctrl-C unwinds the stack, prints `message` alone and exits with code 130."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the unwinding
+        atexit.register(print, message, file=sys.stderr)
+        raise SystemExit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` only if the block succeeds."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Phases:
+    """The wall time of each named phase of a run, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time one phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        """One line: every phase and the total."""
+        parts = [f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()]
+        return f"seconds: {', '.join(parts)}; total {sum(self.seconds.values()):.1f}"
