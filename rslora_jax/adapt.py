@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from rslora_jax.config import LoraConfig
-from rslora_jax.control import CONTROL
 from rslora_jax.discover import sites_of
 from rslora_jax.factors import LoraParams, factors_of, init, init_abstract, labelled
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import Program, capture, capture_example
-from rslora_jax.rewrites import RULES, whole
-from rslora_jax.sites import Site, Sites, choose
-from rslora_jax.tracing import Held, Walk, evaluate, settle
+from rslora_jax.rewrites import new_walk
+from rslora_jax.sites import Site, Sites
+from rslora_jax.targets import choose
+from rslora_jax.tracing import Held, evaluate, settle
 
 __all__ = ["Adapted", "adapt", "value_and_grad"]
 
@@ -157,16 +157,17 @@ def _run(
     values = {k: weight for k, weight in zip(program.weights, weights, strict=True)}
     places = {path: k for k, path in enumerate(program.base.paths)}
     for site in sites:
-        place = places.get(site.path)
-        _check_base(site, None if place is None else values.get(place))
+        place = places.get(site.path, -1)
+        _check_base(site, values.get(place))
         values[place] = _held(site, values[place], factors[site.path])
-    walk = Walk(RULES, CONTROL, whole)
+    walk = new_walk()
     operands = [*(values[k] for k in program.weights), *inputs]
     results = evaluate(walk, program.jaxpr, program.consts, operands)
     return [settle(walk, None, result, kind="output") for result in results]
 
 
 def _held(site: Site, weight: Any, factors: Any) -> Held:
+    assert site.scale is not None
     view = tuple(frozenset({k}) for k in range(len(site.shape)))
     return Held(weight, labelled(site, factors), site.path, view, site.scale, site.merge)
 

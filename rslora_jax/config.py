@@ -185,12 +185,12 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is dataclasses.MISSING
 
 
-def _check_rank(rank: object, name: str) -> None:
+def _check_rank(rank: Any, name: str) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
         raise AdapterError(f"{name} must be an int of at least 1, found {rank!r}.")
 
 
-def _check_alpha(alpha: object, name: str) -> None:
+def _check_alpha(alpha: Any, name: str) -> None:
     number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
     if not number or not math.isfinite(float(alpha)) or float(alpha) <= 0:
         raise AdapterError(f"{name} must be a finite number above 0, found {alpha!r}.")

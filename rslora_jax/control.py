@@ -199,11 +199,12 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, .
     def body(*operands: Any) -> list[Any]:
         return [settle(walk, eqn, r, "returned by the shard_map") for r in inner(*operands)]
 
+    outs = zip(params["out_specs"], needed, strict=True)
     return jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=tuple(_spec(a, s) for a, s in zip(args, params["in_specs"], strict=True)),
-        out_specs=[s if want else None for s, want in zip(params["out_specs"], needed, strict=True)],
+        out_specs=[spec if want else None for spec, want in outs],
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )(*args)
@@ -215,8 +216,7 @@ def _spec(arg: Any, spec: Any) -> Any:
         return spec
     entries = dict(enumerate(spec))
     factors = tuple(
-        Factor(PartitionSpec(*(entries.get(n) for n in f.labels)), f.labels)
-        for f in arg.factors
+        Factor(PartitionSpec(*(entries.get(n) for n in f.labels)), f.labels) for f in arg.factors
     )
     return dataclasses.replace(arg, base=spec, factors=factors)
 

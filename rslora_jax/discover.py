@@ -5,25 +5,22 @@ does with the weight's axes. The traced walk also shows which product is the out
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Var
 
-from rslora_jax.control import CONTROL
 from rslora_jax.factors import LoraParams
+from rslora_jax.heads import MARK, find_heads
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import Program, capture_example, is_array
-from rslora_jax.rewrites import RULES, whole
+from rslora_jax.rewrites import new_walk
 from rslora_jax.sites import Left, Site, Sites, Use
-from rslora_jax.tracing import Held, Walk, evaluate, open_jaxpr, scan_counts, settle, where
+from rslora_jax.tracing import Held, Walk, evaluate, settle, where
 
 __all__ = ["find_sites", "sites_of"]
-
-MARK = "rslora_jax:"
-"""Prefix of the names that discovery gives to the results of products."""
 
 
 def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
@@ -61,7 +58,7 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
       inner: the parameters are a `LoraParams`: its factors are not adapted again.
     """
     recorder = _Recorder(program)
-    heads = _heads(_probed(program, recorder))
+    heads = find_heads(_probed(program, recorder))
     sites, left = [], []
     for path, leaf in zip(program.base.paths, program.base.leaves, strict=True):
         is_factor = inner and path.startswith("lora/")
@@ -128,7 +125,7 @@ def _letters(held: Held, kind: str, roles: Sequence[str], ndim: int) -> str:
 
 def _probed(program: Program, recorder: _Recorder) -> Any:
     """The program traced again with every matrix held without factors."""
-    walk = Walk(RULES, CONTROL, whole, record=recorder)
+    walk = new_walk(recorder)
 
     def run(weights: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
         probes = [
@@ -161,8 +158,9 @@ def _judge(
     path: str, leaf: Any, reports: Sequence[_Report], heads: set[str], *, is_factor: bool
 ) -> Site | Left:
     shape = tuple(getattr(leaf, "shape", ()))
-    if is_factor or (no_matrix := _not_a_matrix(leaf)):
-        return Left(path, shape, "a factor of the inner adapter" if is_factor else no_matrix)
+    alone = "a factor of the inner adapter" if is_factor else _not_a_matrix(leaf)
+    if alone:
+        return Left(path, shape, alone)
     uses = tuple(report.use for report in reports)
     if not uses:
         return Left(path, shape, "never used by the traced program", matrix=True)
@@ -239,70 +237,3 @@ def _refuse_unused(program: Program, recorder: _Recorder) -> None:
             f"The apply function never uses any of its {len(weights)} parameters. {hint}"
             "Write it as a function of the parameters: apply_fn(params, *args)."
         )
-
-
-# The output head: which product reaches an output, and no other product?
-
-
-def _heads(closed: Any) -> set[str]:
-    """Names of the products that an output depends on alone and that feed no other product."""
-    jaxpr, _ = open_jaxpr(closed)
-    fed: set[str] = set()
-    outs = _flow(jaxpr, [frozenset()] * len(jaxpr.invars), fed)
-    return {name for tags in outs if len(tags) == 1 for name in tags if name not in fed}
-
-
-def _flow(jaxpr: Jaxpr, ins: Sequence[frozenset[str]], fed: set[str]) -> list[frozenset[str]]:
-    """Which products reach each output through no other product; `fed` collects the rest."""
-    env: dict[Var, frozenset[str]] = dict(zip(jaxpr.invars, ins, strict=True))
-
-    def read(var: Any) -> frozenset[str]:
-        return frozenset() if isinstance(var, Literal) else env.get(var, frozenset())
-
-    for eqn in jaxpr.eqns:
-        tags = [read(v) for v in eqn.invars]
-        name = eqn.params.get("name")
-        if eqn.primitive.name == "name" and str(name).startswith(MARK):
-            fed |= tags[0]
-            results = [frozenset({str(name)})]
-        else:
-            results = _flow_through(eqn, tags, fed)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _flow_through(
-    eqn: JaxprEqn, tags: list[frozenset[str]], fed: set[str]
-) -> list[frozenset[str]]:
-    params: Mapping[str, Any] = eqn.params
-    name = eqn.primitive.name
-    if name == "cond":
-        outs = [_flow(open_jaxpr(b)[0], tags[1:], fed) for b in params["branches"]]
-        return [frozenset().union(*column) for column in zip(*outs, strict=True)]
-    if name == "while":
-        skip, n = params["cond_nconsts"], params["body_nconsts"]
-        body = open_jaxpr(params["body_jaxpr"])[0]
-        return _fixpoint(body, tags[skip : skip + n], tags[skip + n :], [], fed)
-    if name == "scan":
-        n, m = scan_counts(eqn)
-        return _fixpoint(open_jaxpr(params["jaxpr"])[0], tags[:n], tags[n : n + m], tags[n + m :], fed)
-    inner = next((open_jaxpr(params[k])[0] for k in ("jaxpr", "call_jaxpr") if k in params), None)
-    if inner is not None and len(inner.invars) == len(tags):
-        return _flow(inner, tags, fed)
-    return [frozenset().union(*tags)] * len(eqn.outvars)
-
-
-def _fixpoint(
-    jaxpr: Jaxpr,
-    consts: list[frozenset[str]],
-    carry: list[frozenset[str]],
-    xs: list[frozenset[str]],
-    fed: set[str],
-) -> list[frozenset[str]]:
-    """A loop's carry feeds itself: repeat until nothing new reaches it."""
-    while True:
-        outs = _flow(jaxpr, [*consts, *carry, *xs], fed)
-        wider = [a | b for a, b in zip(carry, outs, strict=False)]
-        if wider == carry:
-            return outs
-        carry = wider

@@ -7,6 +7,7 @@ scale * a @ b in the weight's shape, `project` is scale * (x @ a) @ b without fo
 import dataclasses
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -77,7 +78,13 @@ def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str,
 
     Returns:
       A nested dict with ``{"a": [b.., i.., r], "b": [b.., r, o..]}`` at each path.
+
+    Warns:
+      UserWarning: if a user's initializer has a variance that depends on the rank, under
+        rsLoRA: it cancels the rank stability that the scale is there for.
     """
+    if callable(config.init) and config.scaling == "rslora":
+        _warn_rank_dependent(key, config.init)
     return _tree(sites, lambda site: _init_site(_fold(key, site.path), site, config))
 
 
@@ -230,11 +237,23 @@ def _draw(
     bound: float,
 ) -> tuple[jax.Array, jax.Array]:
     b = jnp.zeros(b_shape, dtype)
-    if callable(init):
+    if not isinstance(init, str):
         return init(key, a_shape, dtype), b
     if init == "normal":
         return bound * jax.random.normal(key, a_shape, dtype), b
     return jax.random.uniform(key, a_shape, dtype, -bound, bound), b
+
+
+def _warn_rank_dependent(key: jax.Array, init: Callable[..., Any]) -> None:
+    low, high = (float(jnp.var(init(key, (256, rank), jnp.float32))) for rank in (16, 1024))
+    if not 0.5 < low / high < 2:
+        warnings.warn(
+            f"LoraConfig.init draws entries of variance {low:.3g} at rank 16 and {high:.3g} at "
+            "rank 1024. alpha/sqrt(r) is rank-stable only if the variance does not depend on "
+            "the rank (arXiv 2312.03732, theorem 3.2): use 'kaiming', 'normal', or an "
+            "initializer scaled by the fan-in alone.",
+            stacklevel=4,
+        )
 
 
 def _check_site(site: Site, found: Any) -> None:
@@ -269,4 +288,3 @@ def labelled(site: Site, factors: Mapping[str, Any]) -> tuple[Factor, Factor]:
     """The two factors of a site, labelled by the weight's axes."""
     a, b = factor_dims(site.axes)
     return Factor(factors["a"], a), Factor(factors["b"], b)
-

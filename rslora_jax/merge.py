@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from rslora_jax.factors import LoraParams, delta, factors_of
 from rslora_jax.paths import AdapterError, flatten, unflatten
@@ -77,7 +78,7 @@ def _add(base: Any, lora: Mapping[str, Any], sites: Sequence[Site], sign: float)
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
     for site in sites if factors else ():
         weight = leaves.get(site.path)
-        if jnp.shape(weight) != site.shape:
+        if weight is None or jnp.shape(weight) != site.shape:
             raise AdapterError(
                 f"The site {site.path!r} needs a base weight of shape {site.shape}, found "
                 f"{'none' if weight is None else jnp.shape(weight)}. "
@@ -92,7 +93,7 @@ def _sum(weight: Any, change: jax.Array, sign: float) -> jax.Array:
 
 
 def _finite(site: Site, merged: jax.Array) -> jax.Array:
-    known = not isinstance(merged, jax.core.Tracer)
+    known = not isinstance(merged, Tracer)
     if known and not bool(jnp.isfinite(merged).all()):
         count = int((~jnp.isfinite(merged)).sum())
         raise AdapterError(

@@ -1,6 +1,6 @@
 """Optim: Optax transforms and masks that train the adapters and leave the base alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import jax
@@ -43,7 +43,7 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     inner = optax.with_extra_args_support(tx)
 
-    def init(params: LoraParams) -> Any:
+    def init(params: Any) -> Any:
         return inner.init(_whole(params).lora)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         if not isinstance(updates, LoraParams):
             return inner.update(updates, state, lora, **extra)
         new, state = inner.update(updates.lora, state, lora, **extra)
-        return LoraParams(jax.tree.map(_nothing, updates.base), new), state
+        return updates._replace(base=jax.tree.map(_nothing, updates.base), lora=new), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -119,7 +119,10 @@ def lora_plus(
         return ratio * learning_rate(step)  # pyright: ignore[reportCallIssue]
 
     rate_b = faster if callable(learning_rate) else ratio * learning_rate
-    parts = {"a": optimizer(learning_rate), "b": optimizer(rate_b)}
+    parts: dict[Hashable, optax.GradientTransformation] = {
+        "a": optimizer(learning_rate),
+        "b": optimizer(rate_b),
+    }
     return freeze_base(optax.partition(parts, labels))
 
 

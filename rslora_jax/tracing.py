@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Var
 
 from rslora_jax.factors import Factor
 from rslora_jax.paths import AdapterError
@@ -152,9 +152,7 @@ def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaq
 
 def open_jaxpr(closed: Any) -> tuple[Jaxpr, Sequence[Any]]:
     """A jaxpr and its constants; newer JAX keeps both in one class."""
-    if isinstance(closed, ClosedJaxpr) and hasattr(closed, "jaxpr"):
-        return closed.jaxpr, closed.consts
-    return closed, getattr(closed, "consts", ())
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
@@ -197,13 +195,9 @@ def _read(env: dict[Var, Any], var: Any) -> Any:
     return var.val if isinstance(var, Literal) else env[var]
 
 
-def _live(
-    jaxpr: Jaxpr, wanted: tuple[bool, ...]
-) -> list[tuple[JaxprEqn, tuple[bool, ...]]]:
+def _live(jaxpr: Jaxpr, wanted: tuple[bool, ...]) -> list[tuple[JaxprEqn, tuple[bool, ...]]]:
     """The equations that the wanted outputs need, with which of their results are used."""
-    used = {
-        v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and isinstance(v, Var)
-    }
+    used = {v for v, want in zip(jaxpr.outvars, wanted, strict=True) if want and isinstance(v, Var)}
     live: list[tuple[JaxprEqn, tuple[bool, ...]]] = []
     for eqn in reversed(jaxpr.eqns):
         needed = tuple(not isinstance(v, DropVar) and v in used for v in eqn.outvars)
@@ -231,9 +225,11 @@ def _step(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) 
 
 def _typed(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
     """Literals as arrays: a rebuilt loop or call must not see Python numbers."""
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    literal = [isinstance(v, Literal) for v in eqn.invars]
     return [
-        jnp.asarray(arg, v.aval.dtype) if isinstance(v, Literal) else arg
-        for v, arg in zip(eqn.invars, args, strict=True)
+        jnp.asarray(arg, aval.dtype) if fixed else arg
+        for arg, aval, fixed in zip(args, avals, literal, strict=True)
     ]
 
 

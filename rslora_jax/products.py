@@ -1,0 +1,236 @@
+"""Products: the weight is consumed, one rule per primitive.
+
+Each gives the base product + scale * (x . first factor) . second factor. While discovering,
+without factors, it reports which axes it sums over, keeps and stacks instead.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from rslora_jax.axes import RANK
+from rslora_jax.factors import Factor, contract, project
+from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
+
+__all__ = ["PRODUCTS", "whole"]
+
+
+def whole(held: Held) -> jax.Array:
+    """base + scale * a @ b for a view of a weight, in the view's dtype.
+
+    The sum is formed in float32 (float64 for a float64 weight) and cast once.
+    """
+    a, b = held.factors
+    wide = jnp.promote_types(jnp.float32, held.base.dtype)
+    keep = {n for factor in (a, b) for n in factor.labels if n != RANK}
+    dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+    first, second = (Factor(f.array.astype(wide), f.labels) for f in (a, b))
+    product = contract(first, second, keep=keep, dot=dot)
+    delta = _arrange(product, range(held.base.ndim), held.base.shape) * held.scale
+    return (held.base.astype(wide) + delta).astype(held.base.dtype)
+
+
+def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    lhs, rhs = _one_held(walk, eqn, lhs, rhs)
+    left = isinstance(lhs, Held)
+    held, x = (lhs, rhs) if left else (rhs, lhs)
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    mine, theirs = ((lc, lb), (rc, rb)) if left else ((rc, rb), (lc, lb))
+    base = bind(eqn, (held.base, x) if left else (x, held.base))[0]
+    labels = _x_labels(x.ndim, held.base.ndim, mine, theirs)
+    if not held.factors:
+        return _report(walk, eqn, held, base, summed=mine[0], stacked=mine[1])
+    out = _dot_labels(labels, held.base.ndim, mine, left)
+    dot = _like(eqn, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else base.dtype)
+    first, second = _order(held, mine[0])
+    product = project(Factor(x, labels), first, second, out, scale=held.scale, left=left, dot=dot)
+    return base + _arrange(product, out, base.shape).astype(base.dtype)
+
+
+def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """Of two held operands the one that holds picked rows, else the left one, is formed."""
+    if isinstance(lhs, Held) and isinstance(rhs, Held):
+        if rhs.rows and not lhs.rows:
+            return lhs, settle(walk, eqn, rhs)
+        if lhs.rows:
+            return settle(walk, eqn, lhs), rhs
+        return _both(walk, eqn, lhs, rhs)
+    return lhs, rhs
+
+
+def _both(walk: Walk, eqn: Any, lhs: Held, rhs: Held) -> tuple[Any, Any]:
+    if lhs.factors:
+        return whole(lhs), rhs
+    (lc, _), (lb, _) = eqn.params["dimension_numbers"]
+    _report(walk, eqn, lhs, lhs.base, summed=lc, stacked=lb, whole=True)
+    return lhs.base, rhs
+
+
+def _like(eqn: Any, dtype: Any) -> Callable[..., jax.Array]:
+    """`dot_general` on operands of `dtype`, with the original's precision and accumulation."""
+    options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
+
+    def dot(lhs: Any, rhs: Any, numbers: Any) -> jax.Array:
+        return lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, **options)
+
+    return dot
+
+
+def _x_labels(ndim: int, offset: int, mine: Any, theirs: Any) -> tuple[int, ...]:
+    """Shared axes of the activation carry the weight's labels, its own ones come after."""
+    shared = dict(zip((*theirs[0], *theirs[1]), (*mine[0], *mine[1]), strict=True))
+    return tuple(shared.get(k, offset + k) for k in range(ndim))
+
+
+def _dot_labels(labels: Sequence[int], ndim: int, mine: Any, left: bool) -> tuple[int, ...]:
+    """The labels of a `dot_general`'s result: stacked axes, then the free ones of each side."""
+    free = [k for k in range(ndim) if k not in (*mine[0], *mine[1])]
+    own = [n for n in labels if n >= ndim]
+    return (*mine[1], *((*free, *own) if left else (*own, *free)))
+
+
+def _order(held: Held, summed: Sequence[int]) -> tuple[Factor, Factor]:
+    """The factor that owns most of what is summed over meets the activation first."""
+    a, b = held.factors
+    size_a, size_b = (
+        math.prod(held.base.shape[k] for k in summed if k in factor.labels) for factor in (a, b)
+    )
+    return (a, b) if size_a >= size_b else (b, a)
+
+
+def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
+    """Tokens sorted by expert times a stack of experts."""
+    if isinstance(x, Held) or isinstance(sizes, Held):
+        raise Unsupported("it is the ragged operand")
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    ((xc, wc), (xb, _)), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
+    if xb or not groups or numbers.lhs_ragged_dimensions[0] in xc:
+        raise Unsupported("only the form of `jax.lax.ragged_dot` is supported")
+    base = bind(eqn, [x, held.base, sizes])[0]
+    if not held.factors:
+        return _report(walk, eqn, held, base, summed=wc, stacked=groups)
+    first, second = _order(held, wc)
+    dot = partial(_ragged_like, eqn, sizes, x.dtype, tuple(groups))
+    xs = _x_labels(x.ndim, held.base.ndim, (wc, ()), (xc, ()))
+    out = _dot_labels(xs, held.base.ndim, ((*wc, *groups), ()), left=False)
+    ragged = held.base.ndim + numbers.lhs_ragged_dimensions[0]
+    thin = dot(Factor(x, xs), first, ragged)
+    wide = jnp.promote_types(thin.array.dtype, jnp.float32)
+    thin = Factor((thin.array.astype(wide) * held.scale).astype(x.dtype), thin.labels)
+    return base + _arrange(dot(thin, second, ragged), out, base.shape).astype(base.dtype)
+
+
+def _ragged_like(
+    eqn: Any,
+    sizes: Any,
+    dtype: Any,
+    groups: tuple[int, ...],
+    x: Factor,
+    factor: Factor,
+    ragged: int,
+) -> Factor:
+    if not set(groups) <= set(factor.labels):
+        raise Unsupported("the expert axis is not stacked in both factors")
+    summed = [n for n in x.labels if n in factor.labels]
+    places = (tuple(map(x.labels.index, summed)), tuple(map(factor.labels.index, summed)))
+    numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(places, ((), ())),
+        lhs_ragged_dimensions=[x.labels.index(ragged)],
+        rhs_group_dimensions=[factor.labels.index(n) for n in groups],
+    )
+    names = ("precision", "preferred_element_type", "group_offset")
+    array = lax.ragged_dot_general(
+        x.array.astype(dtype),
+        factor.array.astype(dtype),
+        sizes,
+        numbers,
+        **{name: eqn.params[name] for name in names},
+    )
+    used = (*summed, *groups)
+    labels = [n for side in (x, factor) for n in side.labels if n not in used]
+    return Factor(array, tuple(labels))
+
+
+def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
+    """A convolution: a convolution down to rank r, then a product over the channels."""
+    if isinstance(x, Held):
+        raise Unsupported("it is the input of a convolution")
+    params = eqn.params
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        raise Unsupported("a grouped convolution has no low-rank form; exclude it")
+    spec = params["dimension_numbers"]
+    out_axis, *summed = spec.rhs_spec
+    base = bind(eqn, [x, held.base])[0]
+    if not held.factors:
+        return _report(walk, eqn, held, base, summed=tuple(summed), stacked=())
+    first, second = _order(held, summed)
+    if set(first.labels) != {*summed, RANK} or set(second.labels) != {out_axis, RANK}:
+        raise Unsupported("its input and output axes are mixed by another use")
+    kernel = _arrange(_relabel_rank(first, out_axis), range(held.base.ndim), ())
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+    options = {name: params[name] for name in names}
+    preferred = params["preferred_element_type"]
+    thin = lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        dimension_numbers=spec,
+        preferred_element_type=preferred,
+        **options,
+    )
+    # The channel axis of `thin` holds the rank: contract it with the second factor.
+    channel = spec.out_spec[1]
+    labels = tuple(RANK if k == channel else held.base.ndim + k for k in range(thin.ndim))
+    out = tuple(out_axis if k == channel else n for k, n in enumerate(labels))
+    wide = jnp.promote_types(thin.dtype, jnp.float32)
+    scaled = Factor((thin.astype(wide) * held.scale).astype(thin.dtype), labels)
+    product = contract(scaled, second, keep=set(out), dot=_like(eqn, x.dtype))
+    return base + _arrange(product, out, base.shape).astype(base.dtype)
+
+
+def _relabel_rank(factor: Factor, axis: int) -> Factor:
+    return Factor(factor.array, tuple(axis if n == RANK else n for n in factor.labels))
+
+
+def _report(
+    walk: Walk,
+    eqn: Any,
+    held: Held,
+    base: Any,
+    *,
+    summed: Sequence[int],
+    stacked: Sequence[int],
+    whole: bool = False,
+) -> Any:
+    """While discovering: which axes of the view this product sums over, stacks and keeps."""
+    assert walk.record is not None
+    roles = tuple(
+        "i" if k in summed else "b" if k in stacked else "o" for k in range(len(held.view))
+    )
+    name = walk.record(walk, held, eqn, "product", roles, whole=whole)
+    return checkpoint_name(base, name)
+
+
+def _arrange(product: Factor, out: Iterable[int], shape: Sequence[int]) -> jax.Array:
+    """Puts a labelled product into the order `out`; axes that it lacks are broadcast."""
+    order = tuple(out)
+    present = [n for n in order if n in product.labels]
+    array = product.array
+    if tuple(present) != product.labels:
+        array = jnp.transpose(array, [product.labels.index(n) for n in present])
+    if len(present) == len(order):
+        return array
+    places = [k for k, n in enumerate(order) if n in product.labels]
+    return lax.broadcast_in_dim(array, shape, places)
+
+
+PRODUCTS: Mapping[str, Callable[..., Any]] = {
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _conv,
+}
