@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from rslora_jax.factors import LoraParams
-from rslora_jax.heads import MARK, find_heads
+from rslora_jax.flow import MARK, find_heads, find_hidden
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import Program, capture_example, is_array
 from rslora_jax.rewrites import new_walk
@@ -59,11 +59,14 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
     """
     recorder = _Recorder(program)
     heads = find_heads(_probed(program, recorder))
+    hidden = find_hidden(program.jaxpr, [program.base.paths[k] for k in program.weights])
     sites, left = [], []
     for path, leaf in zip(program.base.paths, program.base.leaves, strict=True):
         is_factor = inner and path.startswith("lora/")
         reports = [report for report in recorder.reports if report.path == path]
         entry = _judge(path, leaf, reports, heads, is_factor=is_factor)
+        if isinstance(entry, Left) and entry.site is not None and not entry.matrix:
+            entry = dataclasses.replace(entry, hidden=path in hidden)
         (sites if isinstance(entry, Site) else left).append(entry)
     _refuse_unused(program, recorder)
     total = sum(leaf.size for leaf in program.base.leaves if is_array(leaf))

@@ -93,6 +93,8 @@ class Left:
       reason: why it was left alone, or why it cannot be adapted.
       matrix: it is a matrix: the program uses it as one, or does not use it at all, so that
         targeting it is an error.
+      hidden: it reaches a matrix product, but only through something that is no move, such
+        as a normalization of the weight.
       site: the site it would be if its uses without a low-rank form were merged, else None.
     """
 
@@ -100,6 +102,7 @@ class Left:
     shape: tuple[int, ...]
     reason: str
     matrix: bool = False
+    hidden: bool = False
     site: Site | None = None
 
 

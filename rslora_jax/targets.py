@@ -43,6 +43,7 @@ def choose(found: Sites, config: LoraConfig) -> Sites:
 
 def _target(found: Sites, config: LoraConfig) -> dict[str, str]:
     if config.targets == "all-linear":
+        _warn_hidden(found, _exclude(found, config))
         return {path: "all-linear" for path in _all_linear(found)}
     paths = [site.path for site in found] + [left.path for left in found.left]
     chosen: dict[str, str] = {}
@@ -57,6 +58,17 @@ def _target(found: Sites, config: LoraConfig) -> dict[str, str]:
             raise AdapterError(_no_matrix(found, entry, matched))
         chosen.update({path: entry for path in usable if path not in chosen})
     return {path: chosen[path] for path in paths if path in chosen}
+
+
+def _warn_hidden(found: Sites, excluded: set[str]) -> None:
+    for left in found.left:
+        if left.hidden and left.path not in excluded:
+            warnings.warn(
+                f"all-linear leaves out {left.path!r} of shape {left.shape}: {left.reason}, and "
+                "its result reaches a matrix product. Name it in targets with "
+                "LoraConfig(unsupported='merge') to adapt it all the same, or in exclude.",
+                stacklevel=5,
+            )
 
 
 def _all_linear(found: Sites) -> list[str]:
