@@ -1,0 +1,29 @@
+"""The README's example prints what the README says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_example_prints_the_output_that_the_readme_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [code], [output] = blocks(section("Example"), "python"), blocks(section("Example"), "text")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == output
+
+
+def test_the_start_section_holds_two_commands_of_one_line() -> None:
+    commands = blocks(section("Start"), "bash")
+    assert [len(command.strip().splitlines()) for command in commands] == [1, 1]
