@@ -65,23 +65,29 @@ def main() -> None:
         prepare(options)
         exact = run(options)
     except (OSError, ValueError, smollm.ModelError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(str(error))
     if exact < TARGET:
         sys.exit(f"Exact match is {exact:.0%}, below the target of {TARGET:.0%}: train for longer.")
 
 
 def prepare(options: Options) -> None:
-    """Refuse what could only fail after the training, and make the folder of the plot.
+    """Refuse now what would fail later, and make the folder of the plot.
 
     Raises:
       ValueError: if a number is out of range, or the plot is no .png file.
     """
+    lora_config(options)
     for name in ("learning_rate", "steps", "batch"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name} must be above 0, found {getattr(options, name)}")
     if options.output.suffix != ".png":
         raise ValueError(f"output must be a .png file, found {options.output}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def lora_config(options: Options) -> rl.LoraConfig:
+    """Adapters on every linear layer, scaled by alpha/sqrt(rank)."""
+    return rl.LoraConfig(rank=options.rank, alpha=options.alpha)
 
 
 def run(options: Options) -> float:
@@ -92,13 +98,12 @@ def run(options: Options) -> float:
     """
     console, phase = Console(), Phases()
     with phase("load"), console.status("Loading SmolLM2-135M-Instruct"):
-        llama_config, variables, tokenizer = smollm.load()
-        model, variables = Llama(llama_config), jax.device_put(variables)
+        sizes, variables, tokenizer = smollm.load()
+        model, variables = Llama(sizes), jax.device_put(variables)
         facts = fact_batch(tokenizer, atomic_numbers())
         exam = Exam(facts, facts.rows(SHOWN), unrelated_batch(tokenizer), tokenizer)
     with phase("adapt"), console.status("Finding the matrices to adapt"):
-        config = rl.LoraConfig(rank=options.rank, alpha=options.alpha)
-        key = jax.random.key(options.seed)
+        config, key = lora_config(options), jax.random.key(options.seed)
         params, apply, sites = rl.adapt(
             model.apply, variables, facts.tokens, config=config, key=key
         )
@@ -128,8 +133,7 @@ def train(
     Returns:
       The trained parameters and the loss of every step. The given adapters are used up.
     """
-    schedule = optax.cosine_onecycle_schedule(options.steps, options.learning_rate, WARMUP)
-    optimizer = optax.adam(schedule)
+    optimizer = optax.adam(learning_rates(options))
 
     def loss_fn(params: rl.LoraParams, batch: Batch) -> jax.Array:
         return cross_entropy(apply(params, batch.tokens, positions=batch.positions), batch.labels)
@@ -148,6 +152,11 @@ def train(
             losses.append(float(loss))
             bar.update(task, advance=1, loss=f"loss {losses[-1]:.3f}")
     return params._replace(lora=lora), losses
+
+
+def learning_rates(options: Options) -> optax.Schedule:
+    """Up to the peak in the first steps, then down to nothing along a cosine."""
+    return optax.cosine_onecycle_schedule(options.steps, options.learning_rate, WARMUP)
 
 
 def shuffled(count: int, options: Options) -> np.ndarray:
