@@ -6,7 +6,7 @@ elements. Only adapters on the seven matrices of each of its thirty layers are t
 
 import sys
 
-from session import Phases, exit_on_interrupt, whole_file
+from session import Phases, exit_on_interrupt
 
 if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line from the start
     exit_on_interrupt("Interrupted: no file is left half-written.")
@@ -21,16 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import rslora_jax as rl
 import smollm
+from checkpoint import ModelError
 from facts import Batch, atomic_numbers, fact_batch, unrelated_batch
 from llama import Llama
-from scores import Exam, Predict, Scores, cross_entropy, examine
+from report import plot, progress_bar, table
+from scores import Exam, Predict, cross_entropy, examine
 
 TARGET = 0.95  # exact match that the run must reach
 WARMUP = 0.15  # share of the steps in which the learning rate rises
@@ -63,8 +62,11 @@ def main() -> None:
     options = tyro.cli(Options)
     try:
         prepare(options)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    try:
         exact = run(options)
-    except (OSError, ValueError, smollm.ModelError) as error:
+    except (OSError, ModelError) as error:
         sys.exit(str(error))
     if exact < TARGET:
         sys.exit(f"Exact match is {exact:.0%}, below the target of {TARGET:.0%}: train for longer.")
@@ -115,7 +117,7 @@ def run(options: Options) -> float:
         params, losses = train(apply, params, facts, options)
     with phase("examine again"), console.status("Asking after training"):
         after = examine(predict, params, exam)
-    console.print(table(before, after))
+    console.print(table(atomic_numbers()[SHOWN], before, after))
     with phase("merge"), console.status("Merging"):
         gap = disagreement(model, rl.merge(params, sites), predict, params, facts)
     with phase("plot"):
@@ -184,40 +186,6 @@ def disagreement(
             f"rounding explains at most {TOLERANCE:.0e}. The merge or the adapters are wrong."
         )
     return gap
-
-
-def table(before: Scores, after: Scores) -> Table:
-    """Before and after, side by side."""
-    made = Table("", "before", "after")
-    made.add_row("exact match", f"{before.exact:.0%}", f"{after.exact:.0%}")
-    made.add_row("loss on the facts", f"{before.loss:.3f}", f"{after.loss:.3f}")
-    made.add_row("loss on unrelated text", f"{before.unrelated:.3f}", f"{after.unrelated:.3f}")
-    made.add_section()
-    asked = atomic_numbers()[SHOWN]
-    for fact, old, new in zip(asked, before.answers, after.answers, strict=True):
-        made.add_row(f"{fact.prompt} (right:{fact.answer})", old.strip(), new.strip())
-    return made
-
-
-def plot(losses: list[float], path: Path) -> None:
-    """Draw the loss of every step; the file appears whole or not at all."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Fifty atomic numbers, rsLoRA")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-
-
-def progress_bar() -> Progress:
-    """A bar with the step, the loss and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
 
 
 if __name__ == "__main__":

