@@ -165,9 +165,10 @@ def test_a_leaked_tracer_is_named_when_the_adapted_function_is_called():
         apply(params, X)
 
 
-def test_a_leaked_tracer_is_named_under_jit():
+def test_a_leaked_tracer_does_not_pass_a_jit_in_silence():
+    # A surrounding trace cannot tell a dead tracer from a live one; compiling does.
     params, apply, _ = adapt(leaky())
-    with pytest.raises(rl.AdapterError, match=NOT_PURE):
+    with pytest.raises((rl.AdapterError, jax.errors.UnexpectedTracerError), match="leaked"):
         jax.jit(apply)(params, X)
 
 
@@ -581,6 +582,48 @@ def test_merging_the_unsupported_gives_exactly_the_merged_model(apply_fn):
     expected = apply_fn(rl.merge(params, sites), X)
     assert not np.allclose(expected, apply_fn(BASE, X), rtol=1e-2)
     np.testing.assert_allclose(apply(params, X), expected, rtol=1e-5, atol=1e-6)
+
+
+def columns_scaled(p, x):
+    """The second kernel reaches its product through a reparametrization alone."""
+    h = jnp.tanh(x @ p["first"]["kernel"])
+    return jnp.tanh(h @ (p["second"]["kernel"] * p["second"]["scale"])) @ p["head"]
+
+
+SCALED = {
+    "first": {"kernel": jnp.eye(4)},
+    "second": {"kernel": jnp.eye(4), "scale": jnp.arange(4.0)},
+    "head": jnp.eye(4),
+}
+
+
+@pytest.mark.parametrize("targets", [["kernel"], r".*/kernel"], ids=["suffix", "regex"])
+def test_a_target_never_drops_one_of_its_weights_in_silence(targets):
+    refused(
+        [r"'second/kernel' of shape \(4, 4\) is targeted, but it cannot be adapted",
+         f"`mul` at .*{HERE}columns_scaled", "unsupported='merge'"],
+        columns_scaled,
+        SCALED,
+        targets=targets,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [["kernel"], r".*/kernel"], ids=["suffix", "regex"])
+def test_merging_the_unsupported_adapts_every_weight_of_a_target(targets):
+    sites = adapt(columns_scaled, SCALED, targets=targets, unsupported="merge").sites
+    assert [site.path for site in sites] == ["first/kernel", "second/kernel"]
+
+
+def test_all_linear_warns_of_a_weight_that_hides_behind_a_reparametrization():
+    message = rf"leaves out 'second/kernel' of shape \(4, 4\): .*`mul` at .*{HERE}columns_scaled"
+    with pytest.warns(UserWarning, match=message) as seen:
+        sites = adapt(columns_scaled, SCALED).sites
+    assert [site.path for site in sites] == ["first/kernel"]
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_excluding_the_hidden_weight_silences_the_warning():
+    assert adapt(columns_scaled, SCALED, exclude=["second/kernel"]).sites
 
 
 def test_merging_is_said_in_the_report():

@@ -219,16 +219,16 @@ def half_wrap(function):
 
 
 def custom_wrap(function):
+    """A derivative rule of its own; nothing traced is closed over, which JAX would refuse."""
+
+    @jax.custom_vjp
     def run(h, w, ins):
-        @jax.custom_vjp
-        def inner(h, w):
-            return function(h, w, ins)
+        return function(h, w, ins)
 
-        inner.defvjp(
-            lambda h, w: jax.vjp(lambda h, w: function(h, w, ins), h, w), lambda f, g: f(g)
-        )
-        return inner(h, w)
+    def forward(h, w, ins):
+        return jax.vjp(lambda h, w: function(h, w, ins), h, w)
 
+    run.defvjp(forward, lambda pullback, g: (*pullback(g), None))
     return run
 
 
@@ -485,7 +485,7 @@ def merged(base, lora, sites):
 
 
 def adapted(program, rank, base, ins, **options):
-    config = rl.LoraConfig(rank=rank, alpha=1.5, targets=r"w\d", dtype="float64", **options)
+    config = rl.LoraConfig(rank, alpha=1.5, targets=sorted(base), dtype="float64", **options)
     structs = jax.eval_shape(lambda tree: tree, (base, ins))
     return rl.adapt(interpret(program), *structs, config=config, key=KEY)
 
