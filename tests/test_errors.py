@@ -669,6 +669,33 @@ def test_a_grouped_convolution_is_left_alone_with_its_reason_by_all_linear():
     assert "a grouped convolution has no low-rank form" in str(sites)
 
 
+SPREAD = {"conv": jnp.ones((3, 1, 4)), "head": jnp.eye(4)}
+
+
+def spread(p, x):
+    """A kernel of one channel, repeated over the channels of the input."""
+    kernel = jnp.broadcast_to(p["conv"], (3, 4, 4))
+    h = jax.lax.conv_general_dilated(
+        x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return jnp.tanh(h[0]) @ p["head"]
+
+
+def test_a_repeated_convolution_kernel_is_refused_as_a_use_and_not_as_a_bad_example():
+    with pytest.raises(
+        rl.AdapterError, match=f"'conv'.*conv_general_dilated` at .*{HERE}"
+    ) as caught:
+        adapt(spread, SPREAD, targets=["conv"])
+    assert "that the example call of `adapt` did not show" not in str(caught.value)
+
+
+def test_a_repeated_convolution_kernel_can_be_merged():
+    params, apply, sites = adapt(spread, SPREAD, targets=["conv"], unsupported="merge")
+    params = params._replace(lora=jax.tree.map(lambda f: jnp.full_like(f, 0.3), params.lora))
+    expected = spread(rl.merge(params, sites), X)
+    np.testing.assert_allclose(apply(params, X), expected, rtol=1e-5)
+
+
 # Keys and configs of the wrong kind.
 
 

@@ -24,6 +24,7 @@ import rslora_jax as rl
 TOKENS, WIDTH = 2, 6
 KEY = jax.random.key(0)
 VIEWS = ("io", "oi", "iio", "oii", "ioi", "ioo", "oio", "bio", "iob", "boi", "obi", "bioo", "biio")
+# Compiling is most of the cost; none of this changes what is computed.
 CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 FIXED = {
     "derandomize": True,
@@ -383,7 +384,7 @@ def draw_moves(draw, shape, roles, most, undo):
 def draw_form(draw, roles):
     forms = ["einsum", "einsum", "rows", "dot_general"]
     forms += ["stacked", "experts"] * (roles.count("b") == 1)
-    forms += ["lookup"] * (roles in ("io", "oi"))
+    forms += ["lookup"] * 2 * (roles in ("io", "oi"))
     forms += ["conv"] * 2 * (roles in ("iio", "oii", "ioi"))
     return draw(st.sampled_from(forms))
 
@@ -438,7 +439,7 @@ def programs(draw, wraps=SUPPORTED_WRAPS, undo=UNDO, most=2):
 @st.composite
 def wild(draw):
     """Programs that break the roles, or use weights in ways without a low-rank form."""
-    program = draw(programs((*SUPPORTED_WRAPS, "custom"), (*UNDO, undo_wildly)))
+    program = draw(programs((*SUPPORTED_WRAPS, "custom"), (*UNDO, undo_wildly), most=1))
     other = draw(st.sampled_from(program.uses))
     shape, dtype = program.weights[other.weight]
     if len(shape) > 4 or draw(st.booleans()):
@@ -526,7 +527,7 @@ RANKS = st.integers(1, 3)
 SEEDS = st.integers(0, 2**16)
 
 
-@settings(max_examples=24, **FIXED)
+@settings(max_examples=18, **FIXED)
 @given(programs(), RANKS, SEEDS)
 def test_every_supported_program_is_adapted_exactly(program, rank, seed):
     for use in program.uses:
@@ -535,7 +536,7 @@ def test_every_supported_program_is_adapted_exactly(program, rank, seed):
         compare(program, rank, seed)
 
 
-@settings(max_examples=12, **FIXED)
+@settings(max_examples=8, **FIXED)
 @given(wild(), RANKS, SEEDS)
 def test_a_program_outside_the_rules_is_refused_by_adapt_or_adapted_exactly(program, rank, seed):
     with jax.enable_x64(True):
@@ -548,7 +549,7 @@ def test_a_program_outside_the_rules_is_refused_by_adapt_or_adapted_exactly(prog
         compare(program, rank, seed)
 
 
-@settings(max_examples=12, **FIXED)
+@settings(max_examples=8, **FIXED)
 @given(wild(), RANKS, SEEDS)
 def test_merging_the_unsupported_takes_every_program(program, rank, seed):
     with jax.enable_x64(True):
