@@ -527,7 +527,7 @@ RANKS = st.integers(1, 3)
 SEEDS = st.integers(0, 2**16)
 
 
-@settings(max_examples=18, **FIXED)
+@settings(max_examples=15, **FIXED)
 @given(programs(), RANKS, SEEDS)
 def test_every_supported_program_is_adapted_exactly(program, rank, seed):
     for use in program.uses:
@@ -536,7 +536,7 @@ def test_every_supported_program_is_adapted_exactly(program, rank, seed):
         compare(program, rank, seed)
 
 
-@settings(max_examples=8, **FIXED)
+@settings(max_examples=6, **FIXED)
 @given(wild(), RANKS, SEEDS)
 def test_a_program_outside_the_rules_is_refused_by_adapt_or_adapted_exactly(program, rank, seed):
     with jax.enable_x64(True):
@@ -549,7 +549,7 @@ def test_a_program_outside_the_rules_is_refused_by_adapt_or_adapted_exactly(prog
         compare(program, rank, seed)
 
 
-@settings(max_examples=8, **FIXED)
+@settings(max_examples=6, **FIXED)
 @given(wild(), RANKS, SEEDS)
 def test_merging_the_unsupported_takes_every_program(program, rank, seed):
     with jax.enable_x64(True):
