@@ -18,12 +18,18 @@ INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report it
 def exit_on_interrupt(message: str) -> None:
     """From now on Ctrl-C unwinds the stack, prints `message` alone and exits with code 130."""
 
-    def leave(*_: object) -> None:
+    def unwind(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the unwinding
-        atexit.register(print, message, file=sys.stderr)
+        atexit.register(leave)
         raise SystemExit(INTERRUPTED)
 
-    signal.signal(signal.SIGINT, leave)
+    def leave() -> None:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+        # JAX may still be computing in threads that do not survive the interpreter's own exit.
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, unwind)
 
 
 @contextlib.contextmanager
