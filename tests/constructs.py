@@ -83,7 +83,7 @@ def filled(tree):
             return jnp.zeros(leaf.shape, leaf.dtype)
         value = weight(*leaf.shape, seed=sum(map(ord, jax.tree_util.keystr(keys))))
         positive = "var" in jax.tree_util.keystr(keys)
-        return jnp.abs(value) + 0.5 if positive else value
+        return jnp.asarray(np.abs(value) + 0.5) if positive else value
 
     return jax.tree_util.tree_map_with_path(fill, tree)
 
@@ -713,9 +713,7 @@ def a_gather_of_one_expert_for_each_token():
     return apply_fn, {"w": weight(3, 8, 6)}, (x(), chosen)
 
 
-@construct(
-    {"w": "bio"}, batched=False, stackable=False
-)  # JAX maps ragged_dot only if all are mapped
+@construct({"w": "bio"}, batched=False, stackable=False)  # JAX maps all operands or none
 def ragged_dot():
     return (
         lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes),
