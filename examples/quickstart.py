@@ -1,4 +1,4 @@
-"""Teach a real language model fifty facts with rank-stabilized LoRA: `python quickstart.py`.
+"""Teach a real language model fifty facts with rank-stabilized LoRA: run this file.
 
 SmolLM2-135M-Instruct (4-bit weights, trained here in float32) learns the atomic numbers of fifty
 elements. Only adapters on the seven matrices of each of its thirty layers are trained.
