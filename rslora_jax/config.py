@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -40,8 +41,7 @@ def scale(alpha: float, rank: int, scaling: str = "rslora") -> float:
       >>> scale(16.0, 64), scale(16.0, 64, "lora")
       (2.0, 0.25)
     """
-    _check_rank(rank, "rank")
-    _check_alpha(alpha, "alpha")
+    rank, alpha = _rank(rank, "rank"), _alpha(alpha, "alpha")
     _check_choice(scaling, SCALINGS, "scaling")
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
 
@@ -72,9 +72,9 @@ class Rule:
                 "Give it one of them, or leave it out."
             )
         if self.rank is not None:
-            _check_rank(self.rank, f"Rule({self.pattern!r}).rank")
+            object.__setattr__(self, "rank", _rank(self.rank, f"Rule({self.pattern!r}).rank"))
         if self.alpha is not None:
-            _check_alpha(self.alpha, f"Rule({self.pattern!r}).alpha")
+            object.__setattr__(self, "alpha", _alpha(self.alpha, f"Rule({self.pattern!r}).alpha"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class LoraConfig:
     unsupported: Literal["error", "merge"] = "error"
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, "LoraConfig.rank")
-        _check_alpha(self.alpha, "LoraConfig.alpha")
+        object.__setattr__(self, "rank", _rank(self.rank, "LoraConfig.rank"))
+        object.__setattr__(self, "alpha", _alpha(self.alpha, "LoraConfig.alpha"))
         _check_choice(self.scaling, SCALINGS, "LoraConfig.scaling")
         _check_choice(self.unsupported, UNSUPPORTED, "LoraConfig.unsupported")
         if not callable(self.init):
@@ -172,7 +172,7 @@ def _known(data: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise AdapterError(f"{cls.__name__} is read from a mapping, found {data!r}.")
     names = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(data) - set(names))
+    unknown = sorted(set(data) - set(names), key=str)
     if unknown:
         raise AdapterError(f"Unknown keys {unknown} for {cls.__name__}. It knows {names}.")
     missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in data]
@@ -185,15 +185,17 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is dataclasses.MISSING
 
 
-def _check_rank(rank: Any, name: str) -> None:
+def _rank(rank: Any, name: str) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 1:
         raise AdapterError(f"{name} must be an int of at least 1, found {rank!r}.")
+    return int(rank)
 
 
-def _check_alpha(alpha: Any, name: str) -> None:
+def _alpha(alpha: Any, name: str) -> float:
     number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
-    if not number or not math.isfinite(float(alpha)) or float(alpha) <= 0:
+    if not number or not 0 < alpha <= sys.float_info.max:
         raise AdapterError(f"{name} must be a finite number above 0, found {alpha!r}.")
+    return float(alpha)
 
 
 def _check_choice(value: object, choices: tuple[str, ...], name: str) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
 
 from rslora_jax.factors import LoraParams
-from rslora_jax.flow import MARK, find_heads, find_hidden
+from rslora_jax.flow import MARK, find_heads, find_hidden, find_reaching
 from rslora_jax.paths import AdapterError
-from rslora_jax.program import Program, capture_example, is_array
+from rslora_jax.program import Program, all_consts, capture_example, is_array
 from rslora_jax.rewrites import new_walk
 from rslora_jax.sites import Left, Site, Sites, Use
 from rslora_jax.tracing import Held, Walk, evaluate, settle, where
@@ -57,6 +56,7 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
       program: the traced apply function.
       inner: the parameters are a `LoraParams`: its factors are not adapted again.
     """
+    _refuse_unused(program)
     recorder = _Recorder(program)
     heads = find_heads(_probed(program, recorder))
     hidden = find_hidden(program.jaxpr, [program.base.paths[k] for k in program.weights])
@@ -65,10 +65,9 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
         is_factor = inner and path.startswith("lora/")
         reports = [report for report in recorder.reports if report.path == path]
         entry = _judge(path, leaf, reports, heads, is_factor=is_factor)
-        if isinstance(entry, Left) and entry.site is not None and not entry.matrix:
-            entry = dataclasses.replace(entry, hidden=path in hidden)
+        if isinstance(entry, Left) and not (entry.matrix or is_factor):
+            entry = dataclasses.replace(entry, hidden=len(entry.shape) > 1 and path in hidden)
         (sites if isinstance(entry, Site) else left).append(entry)
-    _refuse_unused(program, recorder)
     total = sum(leaf.size for leaf in program.base.leaves if is_array(leaf))
     return Sites(sites, left, total)
 
@@ -207,8 +206,8 @@ def _disagrees(axes: str, report: _Report) -> bool:
 
 
 def _plain_axes(ndim: int) -> str:
-    """What a matrix, or a stack of them, has if the program does not tell."""
-    return "b" * (ndim - 2) + "io"
+    """The axes of a weight whose use does not tell them: the last is the output."""
+    return "i" * (ndim - 1) + "o"
 
 
 def _blocked(reports: Sequence[_Report], axes: str) -> str:
@@ -224,12 +223,10 @@ def _blocked(reports: Sequence[_Report], axes: str) -> str:
     return f"{clash[0]}: it joins axes that another use keeps apart" if clash else ""
 
 
-def _refuse_unused(program: Program, recorder: _Recorder) -> None:
-    read = {v for eqn in program.jaxpr.eqns for v in eqn.invars if isinstance(v, Var)}
-    read |= {v for v in program.jaxpr.outvars if isinstance(v, Var)}
-    weights = program.jaxpr.invars[: len(program.weights)]
-    if not read & set(weights):
-        held = [c for c in program.consts if getattr(c, "ndim", 0) >= 2]
+def _refuse_unused(program: Program) -> None:
+    paths = [program.base.paths[k] for k in program.weights]
+    if not find_reaching(program.jaxpr, paths):
+        held = [c for c in all_consts(program) if getattr(c, "ndim", 0) >= 2]
         hint = (
             f"It closes over {len(held)} arrays, such as one of shape {held[0].shape}: are the "
             "parameters captured by a closure instead of passed? "
@@ -237,6 +234,6 @@ def _refuse_unused(program: Program, recorder: _Recorder) -> None:
             else ""
         )
         raise AdapterError(
-            f"The apply function never uses any of its {len(weights)} parameters. {hint}"
+            f"The apply function never uses any of its {len(paths)} parameters. {hint}"
             "Write it as a function of the parameters: apply_fn(params, *args)."
         )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rslora_jax.axes import delta_subscripts, factor_dims, fan_in
+from rslora_jax.axes import delta_subscripts, factor_dims, factor_shapes, fan_in
 from rslora_jax.config import LoraConfig
 from rslora_jax.paths import AdapterError, insert, lookup
 from rslora_jax.sites import Site
@@ -84,7 +84,7 @@ def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str,
         rsLoRA: it cancels the rank stability that the scale is there for.
     """
     if callable(config.init) and config.scaling == "rslora":
-        _warn_rank_dependent(key, config.init)
+        _warn_rank_dependent(key, config.init, sites[0])
     return _tree(sites, lambda site: _init_site(_fold(key, site.path), site, config))
 
 
@@ -244,9 +244,13 @@ def _draw(
     return jax.random.uniform(key, a_shape, dtype, -bound, bound), b
 
 
-def _warn_rank_dependent(key: jax.Array, init: Callable[..., Any]) -> None:
-    low, high = (float(jnp.var(init(key, (256, rank), jnp.float32))) for rank in (16, 1024))
-    if not 0.5 < low / high < 2:
+def _warn_rank_dependent(key: jax.Array, init: Callable[..., Any], site: Site) -> None:
+    shape = [
+        1 if role == "b" else min(n, 256) for role, n in zip(site.axes, site.shape, strict=True)
+    ]
+    shapes = (factor_shapes(site.axes, shape, rank)[0] for rank in (16, 1024))
+    low, high = (float(jnp.var(init(key, shape, jnp.float32))) for shape in shapes)
+    if low != high and not 0.5 * high < low < 2 * high:
         warnings.warn(
             f"LoraConfig.init draws entries of variance {low:.3g} at rank 16 and {high:.3g} at "
             "rank 1024. alpha/sqrt(r) is rank-stable only if the variance does not depend on "

@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from rslora_jax.tracing import open_jaxpr, scan_counts
 
-__all__ = ["MARK", "find_heads", "find_hidden"]
+__all__ = ["MARK", "find_heads", "find_hidden", "find_reaching"]
 
 MARK = "rslora_jax:"
 """Prefix of the names that discovery gives to the results of products."""
@@ -63,6 +63,13 @@ def find_hidden(jaxpr: Jaxpr, paths: Sequence[str]) -> dict[str, JaxprEqn]:
     rest = len(jaxpr.invars) - len(paths)
     _spread(jaxpr, [*(frozenset({path}) for path in paths), *[frozenset({INPUT})] * rest], visit)
     return found
+
+
+def find_reaching(jaxpr: Jaxpr, paths: Sequence[str]) -> Tags:
+    """The parameters, `paths` being those of the first inputs, that any output depends on."""
+    rest = len(jaxpr.invars) - len(paths)
+    tags = [*(frozenset({path}) for path in paths), *[frozenset[str]()] * rest]
+    return _union(_spread(jaxpr, tags, lambda eqn, ins: None))
 
 
 def _sums(eqn: JaxprEqn) -> bool:

@@ -36,6 +36,10 @@ def merge(params: LoraParams, sites: Sequence[Site]) -> Any:
       >>> merge(rl.LoraParams({"w": jnp.zeros((2, 2))}, lora), [site])["w"].tolist()
       [[2.0, 2.0], [2.0, 2.0]]
     """
+    if not isinstance(params, LoraParams):
+        raise AdapterError(
+            f"merge takes the LoraParams that `adapt` returned, found {type(params).__name__}."
+        )
     return _add(params.base, params.lora, sites, 1.0)
 
 

@@ -133,6 +133,9 @@ def _reshape(walk: Walk, eqn: Any, held: Held) -> Held:
         origin = frozenset().union(*(held.view[k] for k in old))
         for k in new:
             view[k] = origin
+    ones = ([k for k, n in enumerate(shape) if n == 1] for shape in (held.base.shape, base.shape))
+    for old_one, new_one in zip(*ones, strict=False):
+        view[new_one] = held.view[old_one]
     return _move(held, base, view, lambda f: _regroup(f, groups, held.base.shape, base.shape))
 
 

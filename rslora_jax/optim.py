@@ -83,7 +83,7 @@ def labels(params: PyTree) -> PyTree:
     """
     if isinstance(params, LoraParams):
         return LoraParams(jax.tree.map(lambda _: "base", params.base), labels(params.lora))
-    return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key, params)
+    return jax.tree_util.tree_map_with_path(_factor_name, params)
 
 
 def lora_plus(
@@ -124,6 +124,14 @@ def lora_plus(
         "b": optimizer(rate_b),
     }
     return freeze_base(optax.partition(parts, labels))
+
+
+def _factor_name(keys: tuple[Any, ...], _: Any) -> str:
+    name = getattr(keys[-1], "key", None) if keys else None
+    if name not in ("a", "b"):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        raise AdapterError(f"labels needs a LoraParams or its adapter tree; {path!r} is no factor.")
+    return name
 
 
 def _whole(params: Any) -> LoraParams:

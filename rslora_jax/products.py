@@ -7,7 +7,7 @@ without factors, it reports which axes it sums over, keeps and stacks instead.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from rslora_jax.factors import Factor, contract, project
 from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
 
 __all__ = ["PRODUCTS", "whole"]
+
+OPTIONS = ("precision", "preferred_element_type")
 
 
 def whole(held: Held) -> jax.Array:
@@ -47,10 +49,28 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if not held.factors:
         return _report(walk, eqn, held, base, summed=mine[0], stacked=mine[1])
     out = _dot_labels(labels, held.base.ndim, mine, left)
-    dot = _like(eqn, x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else base.dtype)
     first, second = _order(held, mine[0])
-    product = project(Factor(x, labels), first, second, out, scale=held.scale, left=left, dot=dot)
-    return base + _arrange(product, out, base.shape).astype(base.dtype)
+    how = _How(out, held.scale, left, *(eqn.params[name] for name in OPTIONS))
+    return _plus(base, Factor(x, labels), first, second, how)
+
+
+class _How(NamedTuple):
+    """What is static about the product with the factors."""
+
+    out: tuple[int, ...]
+    scale: float
+    left: bool
+    precision: Any
+    preferred_element_type: Any
+
+
+@partial(jax.jit, static_argnames="how", inline=True)
+def _plus(base: Any, x: Factor, first: Factor, second: Factor, how: _How) -> jax.Array:
+    """base + scale * (x . first) . second; inlined, so that JAX derives equal sites once."""
+    dtype = x.array.dtype if jnp.issubdtype(x.array.dtype, jnp.floating) else base.dtype
+    dot = _like(how.precision, how.preferred_element_type, dtype)
+    product = project(x, first, second, how.out, scale=how.scale, left=how.left, dot=dot)
+    return base + _arrange(product, how.out, base.shape).astype(base.dtype)
 
 
 def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -72,12 +92,14 @@ def _both(walk: Walk, eqn: Any, lhs: Held, rhs: Held) -> tuple[Any, Any]:
     return lhs.base, rhs
 
 
-def _like(eqn: Any, dtype: Any) -> Callable[..., jax.Array]:
+def _like(precision: Any, preferred: Any, dtype: Any) -> Callable[..., jax.Array]:
     """`dot_general` on operands of `dtype`, with the original's precision and accumulation."""
-    options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
 
     def dot(lhs: Any, rhs: Any, numbers: Any) -> jax.Array:
-        return lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, **options)
+        sides = (lhs.astype(dtype), rhs.astype(dtype))
+        return lax.dot_general(
+            *sides, numbers, precision=precision, preferred_element_type=preferred
+        )
 
     return dot
 
@@ -114,6 +136,7 @@ def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
         raise Unsupported("only the form of `jax.lax.ragged_dot` is supported")
     base = bind(eqn, [x, held.base, sizes])[0]
     if not held.factors:
+        _refuse_grown(held)
         return _report(walk, eqn, held, base, summed=wc, stacked=groups)
     first, second = _order(held, wc)
     dot = partial(_ragged_like, eqn, sizes, x.dtype, tuple(groups))
@@ -168,6 +191,7 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     out_axis, *summed = spec.rhs_spec
     base = bind(eqn, [x, held.base])[0]
     if not held.factors:
+        _refuse_grown(held)
         return _report(walk, eqn, held, base, summed=tuple(summed), stacked=())
     first, second = _order(held, summed)
     if set(first.labels) != {*summed, RANK} or set(second.labels) != {out_axis, RANK}:
@@ -189,8 +213,15 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     out = tuple(out_axis if k == channel else n for k, n in enumerate(labels))
     wide = jnp.promote_types(thin.dtype, jnp.float32)
     scaled = Factor((thin.astype(wide) * held.scale).astype(thin.dtype), labels)
-    product = contract(scaled, second, keep=set(out), dot=_like(eqn, x.dtype))
+    product = contract(
+        scaled, second, keep=set(out), dot=_like(params["precision"], preferred, x.dtype)
+    )
     return base + _arrange(product, out, base.shape).astype(base.dtype)
+
+
+def _refuse_grown(held: Held) -> None:
+    if any(n > 1 and not axes for n, axes in zip(held.base.shape, held.view, strict=True)):
+        raise Unsupported("an axis of the weight was broadcast before")
 
 
 def _relabel_rank(factor: Factor, axis: int) -> Factor:

@@ -6,11 +6,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 
 from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
 from rslora_jax.tracing import open_jaxpr
 
-__all__ = ["Program", "capture", "capture_example", "is_array"]
+__all__ = ["Program", "all_consts", "capture", "capture_example", "is_array"]
+
+
+STATIC = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,12 @@ def capture_example(
         ) from error
 
 
+def all_consts(program: Program) -> list[Any]:
+    """The arrays that the function closed over, also inside a jit of its own."""
+    params = [value for eqn in program.jaxpr.eqns for value in eqn.params.values()]
+    return [*program.consts, *(c for p in params for c in getattr(p, "consts", ()))]
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced: an array, a typed key or an abstract array."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
@@ -106,14 +121,20 @@ def _fill(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -
 
 def _trace(flat: Callable[..., Any], weights: list[Any], inputs: list[Any]) -> Any:
     try:
-        return jax.make_jaxpr(flat)(weights, inputs)
+        closed = jax.make_jaxpr(flat)(weights, inputs)
+        for const in open_jaxpr(closed)[1]:
+            if isinstance(const, Tracer):
+                lax.broadcast(const, (1,))  # raises if its trace is over
+        return closed
     except jax.errors.UnexpectedTracerError as error:
         raise AdapterError(
             "The apply function is not pure: it used a value left over from an earlier trace "
             "(a leaked tracer), for example one stored in a global, a closure or an object. "
             f"Return such values instead of storing them. JAX says: {_first_line(error)}"
         ) from error
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    except TypeError as error:  # ConcretizationTypeError and its kin are TypeErrors
+        if not (isinstance(error, STATIC) or "concrete values" in str(error)):
+            raise
         raise AdapterError(
             "The apply function uses a traced value as a static one, for example in a Python "
             "`if`. Arrays are traced and plain Python values are static: pass the argument as "

@@ -64,9 +64,9 @@ def _warn_hidden(found: Sites, excluded: set[str]) -> None:
     for left in found.left:
         if left.hidden and left.path not in excluded:
             warnings.warn(
-                f"all-linear leaves out {left.path!r} of shape {left.shape}: {left.reason}, and "
-                "its result reaches a matrix product. Name it in targets with "
-                "LoraConfig(unsupported='merge') to adapt it all the same, or in exclude.",
+                f"all-linear leaves out {left.path!r} of shape {left.shape}, which reaches a "
+                f"matrix product: {left.reason}. Name it in LoraConfig(exclude=[...]) if that is "
+                f"meant.{_remedy(left)}",
                 stacklevel=5,
             )
 
@@ -104,7 +104,7 @@ def _is_suffix(suffix: str) -> Callable[[str], bool]:
 
 def _is_matrix(found: Sites, path: str) -> bool:
     return any(site.path == path for site in found) or any(
-        left.path == path and left.matrix for left in found.left
+        left.path == path and (left.matrix or left.hidden) for left in found.left
     )
 
 
@@ -182,7 +182,7 @@ def _no_match(what: str, entry: str, wanted: object, paths: Sequence[str]) -> st
 def _no_matrix(found: Sites, entry: str, matched: Sequence[str]) -> str:
     left = next(left for left in found.left if left.path == matched[0])
     return (
-        f"The target {entry!r} matches only parameters that no matrix product uses, such as "
+        f"The target {entry!r} matches only parameters that cannot be adapted, such as "
         f"{left.path!r} of shape {left.shape} ({left.reason}).{_remedy(left)} "
         f"The nearest weights that can be adapted are {nearest(entry, [s.path for s in found])}."
     )
@@ -198,7 +198,7 @@ def _blocked(left: Left) -> str:
 def _remedy(left: Left) -> str:
     if left.site is None:
         return ""
-    return " Or set LoraConfig(unsupported='merge') to form W + scale * a @ b for it."
+    return " Or target it with LoraConfig(unsupported='merge') to form W + scale * a @ b for it."
 
 
 def _nothing(found: Sites, config: LoraConfig, excluded: set[str]) -> str:
