@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -193,9 +192,13 @@ def _rank(rank: Any, name: str) -> int:
 
 def _alpha(alpha: Any, name: str) -> float:
     number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
-    if not number or not 0 < alpha <= sys.float_info.max:
+    try:
+        value = float(alpha) if number else math.nan
+    except OverflowError:
+        value = math.inf
+    if not 0 < value < math.inf:
         raise AdapterError(f"{name} must be a finite number above 0, found {alpha!r}.")
-    return float(alpha)
+    return value
 
 
 def _check_choice(value: object, choices: tuple[str, ...], name: str) -> None:

@@ -218,30 +218,22 @@ def _init_site(key: jax.Array, site: Site, config: LoraConfig) -> dict[str, Any]
     a_shape, b_shape = site.factor_shapes
     dtype = _factor_dtype(site, config)
     bound = 1 / math.sqrt(fan_in(site.axes, site.shape))
-    a, b = _draw(key, config.init, a_shape, b_shape, dtype, bound)
+    a = _draw(key, config.init, a_shape, dtype, bound)
     if a.shape != a_shape or a.dtype != dtype:
         raise AdapterError(
             f"LoraConfig.init was asked for {a_shape} of {dtype} at {site.path!r} and gave "
             f"{a.shape} of {a.dtype}. Return exactly the shape and dtype that are passed in."
         )
-    return {"a": a, "b": b}
+    return {"a": a, "b": jnp.zeros(b_shape, dtype)}
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _draw(
-    key: jax.Array,
-    init: Any,
-    a_shape: tuple[int, ...],
-    b_shape: tuple[int, ...],
-    dtype: Any,
-    bound: float,
-) -> tuple[jax.Array, jax.Array]:
-    b = jnp.zeros(b_shape, dtype)
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw(key: jax.Array, init: Any, shape: tuple[int, ...], dtype: Any, bound: float) -> jax.Array:
     if not isinstance(init, str):
-        return init(key, a_shape, dtype), b
+        return init(key, shape, dtype)
     if init == "normal":
-        return bound * jax.random.normal(key, a_shape, dtype), b
-    return jax.random.uniform(key, a_shape, dtype, -bound, bound), b
+        return bound * jax.random.normal(key, shape, dtype)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _warn_rank_dependent(key: jax.Array, init: Callable[..., Any], site: Site) -> None:
