@@ -33,7 +33,10 @@ def _within(walk: Walk, eqn: JaxprEqn) -> Walk:
 
 
 def _jit(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
-    memo_key = (id(eqn.params["jaxpr"]), needed, walk.inside)
+    if walk.record is not None:  # while discovering each call is looked into by itself
+        return _inline(walk, eqn, args, needed)
+    shardings = (eqn.params["in_shardings"], eqn.params["out_shardings"])
+    memo_key = (id(eqn.params["jaxpr"]), needed, shardings)
     if memo_key not in walk.memo:
         walk.memo[memo_key] = _jitted(walk, eqn, needed)
     return walk.memo[memo_key](*args)
@@ -75,7 +78,11 @@ def _custom(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]
     """A function with its own derivative rule keeps it, so it gets the whole weight."""
     probing = any(isinstance(arg, Held) and not arg.factors for arg in args)
     if probing:
-        return _inline(dataclasses.replace(walk, inside=True), eqn, args, needed)
+        results = _inline(dataclasses.replace(walk, inside=True), eqn, args, needed)
+        for result in results:
+            if isinstance(result, Held) and walk.record is not None:
+                walk.record(walk, result, eqn, "opaque", (), whole=True)
+        return results
     return bind(eqn, [settle(walk, eqn, arg, kind="custom") for arg in args])
 
 

@@ -65,8 +65,8 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
         is_factor = inner and path.startswith("lora/")
         reports = [report for report in recorder.reports if report.path == path]
         entry = _judge(path, leaf, reports, heads, is_factor=is_factor)
-        if isinstance(entry, Left) and not (entry.matrix or is_factor):
-            entry = dataclasses.replace(entry, hidden=len(entry.shape) > 1 and path in hidden)
+        if isinstance(entry, Left) and path in hidden and len(entry.shape) > 1 and not is_factor:
+            entry = dataclasses.replace(entry, matrix=True, hidden=True)
         (sites if isinstance(entry, Site) else left).append(entry)
     total = sum(leaf.size for leaf in program.base.leaves if is_array(leaf))
     return Sites(sites, left, total)
@@ -105,13 +105,15 @@ class _Recorder:
         whole: bool = False,
         reason: str = "",
     ) -> str:
-        key = (held.path, id(eqn), held.view, kind)
+        key = (held.path, id(eqn), tuple(map(id, walk.callers)), held.view, kind)
         if key not in self.seen:
             primitive = "output" if eqn is None else eqn.primitive.name
             place = "the function's output" if eqn is None else where(walk, eqn)
             letters = _letters(held, kind, roles, self.ndims[held.path])
             use = Use(primitive, kind, place, letters, whole or walk.inside, reason)
-            self.seen[key] = _Report(held.path, use, held.view, f"{MARK}{len(self.seen)}")
+            self.seen[key] = _Report(
+                held.path, use, held.view, f"{MARK}{len(self.seen)}:{held.path}"
+            )
         return self.seen[key].name
 
 
@@ -171,19 +173,33 @@ def _judge(
         path,
         axes or _plain_axes(leaf.ndim),
         shape,
-        leaf.dtype.name,
+        jax.dtypes.canonicalize_dtype(leaf.dtype).name,
         uses,
         embedding=any(use.kind == "lookup" for use in uses),
         head=_is_head(reports, heads),
     )
     blocked = _blocked(reports, axes)
-    return Left(path, shape, blocked, matrix=bool(axes), site=site) if blocked else site
+    if not blocked:
+        return site
+    hidden = not axes and any(_hides(report) for report in reports)
+    return Left(path, shape, blocked, matrix=True, hidden=hidden, site=site)
 
 
 def _is_head(reports: Sequence[_Report], heads: set[str]) -> bool:
     """Every product of the weight is an output's; a stack whose last layer is one is none."""
     products = [report.name in heads for report in reports if report.use.kind == "product"]
     return bool(products) and all(products)
+
+
+def _hides(report: _Report) -> bool:
+    """Whether a use may hide a product: anything but a bias, a norm's scale or a table."""
+    real = [origin for origin in report.view if origin]
+    if report.use.kind != "opaque" or report.use.whole or len(real) < 2:
+        return False
+    broadcast = len(real) < len(report.view)
+    return not (
+        report.use.primitive in ("add", "sub") or (report.use.primitive == "mul" and broadcast)
+    )
 
 
 def _axes(reports: Sequence[_Report]) -> str:

@@ -84,7 +84,7 @@ def init(key: jax.Array, sites: Sequence[Site], config: LoraConfig) -> dict[str,
         rsLoRA: it cancels the rank stability that the scale is there for.
     """
     if callable(config.init) and config.scaling == "rslora":
-        _warn_rank_dependent(key, config.init, sites[0])
+        _warn_rank_dependent(config.init, sites[0])
     return _tree(sites, lambda site: _init_site(_fold(key, site.path), site, config))
 
 
@@ -236,12 +236,14 @@ def _draw(key: jax.Array, init: Any, shape: tuple[int, ...], dtype: Any, bound: 
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _warn_rank_dependent(key: jax.Array, init: Callable[..., Any], site: Site) -> None:
+def _warn_rank_dependent(init: Callable[..., Any], site: Site) -> None:
     shape = [
         1 if role == "b" else min(n, 256) for role, n in zip(site.axes, site.shape, strict=True)
     ]
     shapes = (factor_shapes(site.axes, shape, rank)[0] for rank in (16, 1024))
-    low, high = (float(jnp.var(init(key, shape, jnp.float32))) for shape in shapes)
+    with jax.ensure_compile_time_eval():  # also inside a jit
+        key = jax.random.key(0)
+        low, high = (float(jnp.var(init(key, shape, jnp.float32))) for shape in shapes)
     if low != high and not 0.5 * high < low < 2 * high:
         warnings.warn(
             f"LoraConfig.init draws entries of variance {low:.3g} at rank 16 and {high:.3g} at "
@@ -261,11 +263,20 @@ def _check_site(site: Site, found: Any) -> None:
         )
     for name, shape in zip("ab", site.factor_shapes, strict=True):
         got = jnp.shape(found[name])
+        if not _is_floating(found[name]):
+            raise AdapterError(
+                f"Factor {site.path + '/' + name!r} must be floating point, found "
+                f"{jnp.result_type(found[name])}."
+            )
         if got != shape:
             raise AdapterError(
                 f"Factor {site.path + '/' + name!r} must have shape {shape} (rank {site.rank}, "
                 f"axes {site.axes!r}), found {got}. Use the sites that these factors were made for."
             )
+
+
+def _is_floating(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def _check_unknown(lora: Mapping[str, Any], sites: Sequence[Site]) -> None:

@@ -24,10 +24,11 @@ Visit: TypeAlias = Callable[[JaxprEqn, Sequence[Tags]], Tags | None]
 
 
 def find_heads(closed: Any) -> set[str]:
-    """Names of the products that an output depends on alone and that feed no other product.
+    """Names of the products of one weight that give an output alone and feed no other product.
 
     Args:
-      closed: a program in which the result of every product carries a name with `MARK`.
+      closed: a program in which the result of every product carries a name that is `MARK`,
+        a number, a colon and the weight's path.
     """
     jaxpr, _ = open_jaxpr(closed)
     fed: set[str] = set()
@@ -40,7 +41,8 @@ def find_heads(closed: Any) -> set[str]:
         return frozenset({name})
 
     outs = _spread(jaxpr, [frozenset()] * len(jaxpr.invars), visit)
-    return {name for tags in outs if len(tags) == 1 for name in tags if name not in fed}
+    alone = [tags for tags in outs if len({name.split(":", 2)[2] for name in tags}) == 1]
+    return {name for tags in alone for name in tags if name not in fed}
 
 
 def find_hidden(jaxpr: Jaxpr, paths: Sequence[str]) -> dict[str, JaxprEqn]:

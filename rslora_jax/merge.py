@@ -68,7 +68,7 @@ def unmerge(merged: Any, lora: Mapping[str, Any], sites: Sequence[Site]) -> Lora
     flat = dict(zip(*flatten(merged)[:2], strict=True))
     for site in sites:
         dtype = getattr(flat.get(site.path), "dtype", None)
-        if dtype is not None and jnp.finfo(dtype).bits < 32:
+        if dtype is not None and jnp.promote_types(dtype, jnp.float32) != dtype:
             raise AdapterError(
                 f"{site.path!r} is {dtype}: the merge rounded its sum, and subtracting does not "
                 "bring the base back. Keep the base tree beside the merged one instead."
@@ -93,7 +93,9 @@ def _add(base: Any, lora: Mapping[str, Any], sites: Sequence[Site], sign: float)
 
 
 def _sum(weight: Any, change: jax.Array, sign: float) -> jax.Array:
-    return (jnp.asarray(weight).astype(change.dtype) + sign * change).astype(weight.dtype)
+    return (jnp.asarray(weight).astype(change.dtype) + sign * change).astype(
+        jnp.asarray(weight).dtype
+    )
 
 
 def _finite(site: Site, merged: jax.Array) -> jax.Array:

@@ -133,10 +133,13 @@ def _reshape(walk: Walk, eqn: Any, held: Held) -> Held:
         origin = frozenset().union(*(held.view[k] for k in old))
         for k in new:
             view[k] = origin
+    grown = {k for k, origin in enumerate(held.view) if not origin}
     ones = ([k for k, n in enumerate(shape) if n == 1] for shape in (held.base.shape, base.shape))
     for old_one, new_one in zip(*ones, strict=False):
         view[new_one] = held.view[old_one]
-    return _move(held, base, view, lambda f: _regroup(f, groups, held.base.shape, base.shape))
+    return _move(
+        held, base, view, lambda f: _regroup(f, groups, held.base.shape, base.shape, grown)
+    )
 
 
 def _groups(
@@ -159,16 +162,24 @@ def _regroup(
     groups: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
     old: Sequence[int],
     new: Sequence[int],
+    grown: set[int],
 ) -> Factor:
     factor = _without(factor, [k for k, n in enumerate(old) if n == 1])
     owned = [(left, right) for left, right in groups if set(left) & set(factor.labels)]
-    for left, _ in owned:
-        if not set(left) <= set(factor.labels):
+    for k in (k for left, _ in owned for k in left if k not in factor.labels):
+        if k not in grown:
             raise Unsupported("it merges an input axis with an output axis")
+        factor = _repeat(factor, k, old[k])
     before = [k for left, _ in owned for k in left]
     after = [k for _, right in owned for k in right]
     array = jnp.transpose(factor.array, [factor.labels.index(k) for k in (*before, RANK)])
     return Factor(array.reshape(*(new[k] for k in after), array.shape[-1]), (*after, RANK))
+
+
+def _repeat(factor: Factor, axis: int, size: int) -> Factor:
+    """A repeated axis of the weight becomes an axis of the factor."""
+    array = jnp.broadcast_to(factor.array, (size, *factor.array.shape))
+    return Factor(array, (axis, *factor.labels))
 
 
 def _slice(walk: Walk, eqn: Any, held: Held) -> Held:

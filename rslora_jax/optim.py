@@ -10,7 +10,7 @@ import optax
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError
 
-__all__ = ["freeze_base", "labels", "lora_plus", "trainable_mask"]
+__all__ = ["apply_updates", "freeze_base", "labels", "lora_plus", "trainable_mask"]
 
 PyTree: TypeAlias = Any
 
@@ -27,7 +27,8 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     Returns:
       A transform for `LoraParams`. `update` takes the gradients of ``params.lora`` alone
       (what `value_and_grad` gives) or a whole `LoraParams` of gradients, and returns
-      updates of the same structure; those of the base add exactly nothing.
+      updates of the same structure; those of the base are -0.0. Apply them with
+      `apply_updates`.
 
     Raises:
       AdapterError: if it is used on anything but a `LoraParams`.
@@ -54,6 +55,29 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         return updates._replace(base=jax.tree.map(_nothing, updates.base), lora=new), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def apply_updates(params: LoraParams, updates: Any) -> LoraParams:
+    """`optax.apply_updates` for the adapters; the base is handed on, not added to.
+
+    Adding the nothing that `freeze_base` gives the base keeps every bit of normal numbers,
+    but XLA flushes subnormal numbers in any sum on a CPU. Here no sum is formed.
+
+    Args:
+      params: base and factors.
+      updates: of ``params.lora`` alone, or a `LoraParams` of which the base part is unused.
+
+    Returns:
+      `LoraParams` with the same base and new factors.
+
+    Example:
+      >>> import rslora_jax as rl
+      >>> params = rl.LoraParams({"w": 1.0}, {"w": {"a": 1.0, "b": 2.0}})
+      >>> apply_updates(params, {"w": {"a": 0.5, "b": 0.5}}).lora["w"]["b"].item()
+      2.5
+    """
+    lora = updates.lora if isinstance(updates, LoraParams) else updates
+    return params._replace(lora=optax.apply_updates(_whole(params).lora, lora))
 
 
 def trainable_mask(params: LoraParams) -> LoraParams:

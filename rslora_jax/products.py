@@ -68,6 +68,8 @@ class _How(NamedTuple):
 def _plus(base: Any, x: Factor, first: Factor, second: Factor, how: _How) -> jax.Array:
     """base + scale * (x . first) . second; inlined, so that JAX derives equal sites once."""
     dtype = x.array.dtype if jnp.issubdtype(x.array.dtype, jnp.floating) else base.dtype
+    if jnp.finfo(dtype).bits < 16:  # the factors would not survive eight bits
+        dtype = jnp.bfloat16
     dot = _like(how.precision, how.preferred_element_type, dtype)
     product = project(x, first, second, how.out, scale=how.scale, left=how.left, dot=dot)
     return base + _arrange(product, how.out, base.shape).astype(base.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
@@ -63,7 +64,10 @@ def capture(
     def flat(weight_values: Sequence[Any], input_values: Sequence[Any]) -> list[Any]:
         tree = unflatten(base, _fill(base.leaves, weights, weight_values))
         call_args, call_kwargs = jax.tree.unflatten(treedef, _fill(leaves, inputs, input_values))
+        given = (tree, call_args, call_kwargs)
+        before = jax.tree.leaves(given)
         results, output["treedef"] = jax.tree.flatten(apply_fn(tree, *call_args, **call_kwargs))
+        _refuse_changes(given, before)
         output["arrays"] = [k for k, leaf in enumerate(results) if is_array(leaf)]
         output["leaves"] = [None if is_array(leaf) else leaf for leaf in results]
         return [results[k] for k in output["arrays"]]
@@ -110,6 +114,19 @@ def all_consts(program: Program) -> list[Any]:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced: an array, a typed key or an abstract array."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def _refuse_changes(given: Any, before: list[Any]) -> None:
+    """A module or `nnx.Rngs` that the function changes in place would lose the change."""
+    stateful = (nnx.Module, nnx.Rngs)
+    nodes = jax.tree.leaves(given, is_leaf=lambda node: isinstance(node, stateful))
+    changed = any(a is not b for a, b in zip(before, jax.tree.leaves(given), strict=False))
+    if changed and any(isinstance(node, stateful) for node in nodes):
+        raise AdapterError(
+            "The apply function is not pure: it changes an nnx object among its arguments in "
+            "place, such as batch statistics or the counters of nnx.Rngs. Pass nnx.split's state "
+            "instead, merge it inside the function, and return what changed: nnx.state(model)."
+        )
 
 
 def _fill(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:

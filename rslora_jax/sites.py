@@ -91,10 +91,9 @@ class Left:
       path: the parameter's path.
       shape: its shape.
       reason: why it was left alone, or why it cannot be adapted.
-      matrix: it is a matrix: the program uses it as one, or does not use it at all, so that
-        targeting it is an error.
-      hidden: it reaches a matrix product, but only through something that is no move, such
-        as a normalization of the weight.
+      matrix: it has at least two axes, so that targeting it is an error.
+      hidden: it may reach a matrix product through something that is no move, such as a
+        normalization of the weight.
       site: the site it would be if its uses without a low-rank form were merged, else None.
     """
 

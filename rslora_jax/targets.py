@@ -52,8 +52,6 @@ def _target(found: Sites, config: LoraConfig) -> dict[str, str]:
         if not matched:
             raise AdapterError(_no_match("target", entry, config.targets, paths))
         usable = [path for path in matched if _is_matrix(found, path)]
-        if config.unsupported == "merge":
-            usable = usable or [path for path in matched if _can_merge(found, path)]
         if not usable:
             raise AdapterError(_no_matrix(found, entry, matched))
         chosen.update({path: entry for path in usable if path not in chosen})
@@ -64,8 +62,8 @@ def _warn_hidden(found: Sites, excluded: set[str]) -> None:
     for left in found.left:
         if left.hidden and left.path not in excluded:
             warnings.warn(
-                f"all-linear leaves out {left.path!r} of shape {left.shape}, which reaches a "
-                f"matrix product: {left.reason}. Name it in LoraConfig(exclude=[...]) if that is "
+                f"all-linear leaves out {left.path!r} of shape {left.shape}, which may be part of "
+                f"a matrix product: {left.reason}. Name it in LoraConfig(exclude=[...]) if that is "
                 f"meant.{_remedy(left)}",
                 stacklevel=5,
             )
@@ -104,18 +102,14 @@ def _is_suffix(suffix: str) -> Callable[[str], bool]:
 
 def _is_matrix(found: Sites, path: str) -> bool:
     return any(site.path == path for site in found) or any(
-        left.path == path and (left.matrix or left.hidden) for left in found.left
+        left.path == path and left.matrix for left in found.left
     )
-
-
-def _can_merge(found: Sites, path: str) -> bool:
-    return any(left.path == path and left.site is not None for left in found.left)
 
 
 def _site(found: Sites, path: str, config: LoraConfig) -> Site:
     for site in found:
         if site.path == path:
-            return site
+            return dataclasses.replace(site, merge=config.unsupported == "merge")
     left = next(left for left in found.left if left.path == path)
     if left.site is not None and config.unsupported == "merge":
         return dataclasses.replace(left.site, merge=True)

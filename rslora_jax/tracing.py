@@ -8,7 +8,11 @@ While the factors are absent the same walk *discovers*: it reports each use of a
 All knowledge of how JAX versions differ lives in this file.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,7 +42,7 @@ __all__ = [
 Rule: TypeAlias = Callable[..., Any]
 View: TypeAlias = tuple[frozenset[int], ...]
 
-FOREIGN = ("jax", "jaxlib", "flax", "haiku", "equinox", "rslora_jax", "contextlib.py")
+FOREIGN = ("jax", "jaxlib", "flax", "haiku", "equinox", "rslora_jax")
 
 
 class Unsupported(Exception):
@@ -168,10 +172,18 @@ def where(walk: Walk, eqn: JaxprEqn) -> str:
     """The user's file, line and function behind an equation, or behind its nearest caller."""
     for at in (eqn, *reversed(walk.callers)):
         for frame in _frames(at):
-            if not any(name in Path(frame.file_name).parts for name in FOREIGN):
+            if not frame.file_name.startswith(_foreign()):
                 return _place(frame)
     library = [f for f in _frames(eqn) if "jax" not in Path(f.file_name).parts]
     return _place(library[0]) if library else "an unknown line"
+
+
+@functools.cache
+def _foreign() -> tuple[str, ...]:
+    """Where the libraries lie whose frames are not the user's."""
+    specs = [importlib.util.find_spec(name) for name in FOREIGN]
+    folders = [f for spec in specs if spec for f in spec.submodule_search_locations or ()]
+    return (*(f"{folder}{os.sep}" for folder in folders), contextlib.__file__)
 
 
 def _frames(eqn: JaxprEqn) -> Sequence[Any]:
