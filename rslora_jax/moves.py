@@ -239,6 +239,25 @@ def _split(walk: Walk, eqn: Any, held: Held) -> list[Held]:
     ]
 
 
+def _unstack(walk: Walk, eqn: Any, held: Held) -> list[Held]:
+    axis = eqn.params["axis"]
+    rows = _row_axes(held, [1 if k == axis else n for k, n in enumerate(held.base.shape)])
+    new = {k: k - (k > axis) for k in range(held.base.ndim) if k != axis}
+
+    def act(factor: Factor, k: int) -> Factor:
+        if axis not in factor.labels:
+            return _relabel(new, factor)
+        at = factor.labels.index(axis)
+        array = lax.index_in_dim(factor.array, k, at, keepdims=False)
+        return _relabel(new, Factor(array, factor.labels[:at] + factor.labels[at + 1 :]))
+
+    view = [held.view[k] for k in new]
+    return [
+        replace(_move(held, base, view, partial(act, k=k)), rows=held.rows | rows)
+        for k, base in enumerate(bind(eqn, [held.base]))
+    ]
+
+
 def _reverse(walk: Walk, eqn: Any, held: Held) -> Held:
     def act(factor: Factor) -> Factor:
         places = [k for k, n in _places(factor) if n in eqn.params["dimensions"]]
@@ -350,6 +369,7 @@ MOVES: Mapping[str, Callable[..., Any]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
+    "unstack": _unstack,
     "rev": _reverse,
     "optimization_barrier": _barrier,
     "sharding_constraint": _constraint,

@@ -45,7 +45,7 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
-        return inner.init(_whole(params).lora)
+        return inner.init(_lora(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         lora = params.lora if isinstance(params, LoraParams) else params
@@ -148,6 +148,15 @@ def lora_plus(
         "b": optimizer(rate_b),
     }
     return freeze_base(optax.partition(parts, labels))
+
+
+def _lora(params: Any) -> Any:
+    """The adapter tree of a `LoraParams`; an adapter tree, as a nested `freeze_base` gets it."""
+    if isinstance(params, LoraParams):
+        return params.lora
+    keyed = jax.tree_util.tree_leaves_with_path(params)
+    names = {getattr(keys[-1], "key", None) if keys else None for keys, _ in keyed}
+    return params if names == {"a", "b"} else _whole(params).lora
 
 
 def _factor_name(keys: tuple[Any, ...], _: Any) -> str:

@@ -133,7 +133,11 @@ def _check_rules(sites: Sequence[Site], rules: Sequence[Rule]) -> None:
     paths = [site.path for site in sites]
     for rule in rules:
         if not any(re.fullmatch(rule.pattern, path) for path in paths):
-            raise AdapterError(_no_match("rule", rule.pattern, rule.pattern, paths))
+            raise AdapterError(
+                f"The rule {rule.pattern!r} matches none of the {len(paths)} adapted weights, as a "
+                f"regex for whole paths. The nearest are {nearest(rule.pattern, paths)}. Correct "
+                "it, leave it out, or choose the weight with targets: a rule chooses none."
+            )
 
 
 def _warn_wide(sites: Sequence[Site]) -> None:
