@@ -406,7 +406,7 @@ def test_an_exclude_that_matches_nothing_is_refused():
 def test_a_rule_that_matches_no_site_is_refused():
     refused(
         [r"The rule 'layers/\.\*' matches none of the \d+ adapted weights, as a regex for whole",
-         "nearest paths are 'layer/kernel'"],
+         "nearest are 'layer/kernel'"],
         rules=(rl.Rule("layers/.*", rank=4),),
     )  # fmt: skip
 
