@@ -308,6 +308,14 @@ def a_fused_output_split_in_three():
     return apply_fn, {"w": weight(8, 12)}, (x(),)
 
 
+@construct({"w": "ioo"})
+def heads_repeated_before_the_product():
+    def apply_fn(p, x):
+        return jnp.einsum("btd,dnh->btnh", x, jnp.repeat(p["w"], 2, axis=1))
+
+    return apply_fn, {"w": weight(8, 2, 3)}, (weight(2, 3, 8),)
+
+
 @construct({"w": "io"})
 def an_input_axis_sliced_with_a_stride():
     return lambda p, x: x[..., :4] @ p["w"][::2], {"w": weight(8, 6)}, (x(),)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import rslora_jax as rl
 from rslora_jax.factors import delta
@@ -913,3 +914,63 @@ def test_an_adapter_error_is_a_value_error():
     # alpha / sqrt(r) * r * 0.5 * 0.5, with alpha = 16 and r = 2.
     change = delta(site, params.lora["layer"]["kernel"])
     np.testing.assert_allclose(change, np.full((4, 8), 16 / 2**0.5 * 2 * 0.25), rtol=1e-6)
+
+
+def masked(p, x, mask):
+    return x @ p["first"]["kernel"] @ jnp.where(mask, p["second"]["kernel"], 0.0)
+
+
+def summed_by_hand(p, x, mask):
+    h = x @ p["first"]["kernel"]
+    return (h[..., None] * p["second"]["kernel"]).sum(-2)
+
+
+@pytest.mark.parametrize("apply_fn", [masked, summed_by_hand])
+def test_a_matrix_without_a_low_rank_form_is_not_dropped_beside_others(apply_fn):
+    params = {"first": {"kernel": jnp.eye(4)}, "second": {"kernel": jnp.eye(4)}}
+    config = rl.LoraConfig(rank=1, targets=["kernel"])
+    with pytest.raises(rl.AdapterError, match=r"'second/kernel' .* targeted, but it cannot"):
+        rl.adapt(
+            apply_fn, params, jnp.ones((2, 4)), jnp.eye(4) > 0, config=config, key=jax.random.key(0)
+        )
+
+
+def test_all_linear_warns_of_a_matrix_masked_by_an_argument():
+    params = {"first": {"kernel": jnp.eye(4)}, "second": {"kernel": jnp.eye(4)}, "head": jnp.eye(4)}
+    config, key = rl.LoraConfig(rank=1), jax.random.key(0)
+    with pytest.warns(UserWarning, match="leaves out 'second/kernel'"):
+        adapted = rl.adapt(
+            lambda p, *args: jnp.tanh(masked(p, *args)) @ p["head"],
+            params,
+            jnp.ones((2, 4)),
+            jnp.eye(4) > 0,
+            config=config,
+            key=key,
+        )
+    assert [site.path for site in adapted.sites] == ["first/kernel"]
+
+
+def test_an_nnx_module_that_is_changed_in_place_is_refused():
+    class Normed(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    config, key = rl.LoraConfig(rank=1, targets=["dense/kernel"]), jax.random.key(0)
+    with pytest.raises(rl.AdapterError, match=r"not pure: it changes an nnx object .*nnx\.split"):
+        rl.adapt(lambda m, x: m(x), Normed(nnx.Rngs(0)), jnp.ones((2, 4)), config=config, key=key)
+
+
+def test_factors_that_are_no_floats_are_refused():
+    adapted = rl.adapt(
+        lambda p, x: x @ p["w"],
+        {"w": jnp.eye(4)},
+        jnp.ones(4),
+        config=rl.LoraConfig(rank=1, targets=["w"]),
+        key=jax.random.key(0),
+    )
+    lora = jax.tree.map(lambda leaf: leaf.astype(int), adapted.params.lora)
+    with pytest.raises(rl.AdapterError, match="'w/a' must be floating point, found int32"):
+        adapted.apply(adapted.params._replace(lora=lora), jnp.ones(4))

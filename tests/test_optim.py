@@ -279,3 +279,21 @@ def test_a_schedule_is_followed():
     two, four = (train_adapters(params, tx, loss, steps=n) for n in (2, 4))
     assert bits(two.lora) == bits(four.lora)
     assert bits(two.lora) != bits(params.lora)
+
+
+def test_apply_updates_hands_the_base_on_with_every_bit():
+    base = {"w": jnp.asarray([1e-41, -0.0, 1.0, jnp.inf])}
+    params = rl.LoraParams(base, {"w": {"a": jnp.ones(2), "b": jnp.ones(2)}})
+    tx = rl.optim.freeze_base(optax.sgd(0.5))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    after = rl.optim.apply_updates(params, updates)
+    assert bits(after.base) == bits(params.base)
+    assert after.lora["w"]["a"].tolist() == [0.5, 0.5]
+
+
+def test_lora_plus_accumulates_inside_freeze_base():
+    params, apply, _ = adapted()
+    tx = rl.optim.freeze_base(optax.MultiSteps(rl.optim.lora_plus(1e-2), 2))
+    after = train_adapters(params, tx, loss_of(apply), steps=4)
+    assert bits(after.base) == bits(params.base)
+    assert bits(after.lora) != bits(params.lora)

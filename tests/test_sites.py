@@ -489,3 +489,28 @@ def test_sites_survive_pickling():
     copy = pickle.loads(pickle.dumps(sites))
     assert (copy, copy.left, copy.total) == (sites, sites.left, sites.total)
     assert rl.describe(copy) == rl.describe(sites)
+
+
+def test_a_head_used_in_slices_is_one_head():
+    def apply_fn(p, x):
+        h = jnp.tanh(x @ p["w"])
+        return jnp.concatenate([h @ p["head"][:, :2], h @ p["head"][:, 2:]], axis=-1)
+
+    params = {"w": jnp.ones((4, 4)), "head": jnp.ones((4, 5))}
+    assert chosen(apply_fn, params, jnp.ones((2, 4)), rank=1) == {"w"}
+
+
+def test_every_call_of_a_jitted_function_counts_as_a_use():
+    inner = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    [site] = rl.find_sites(lambda p, x: inner(p, inner(p, x)), jnp.eye(4), jnp.ones((2, 4)))
+    assert [use.primitive for use in site.uses] == ["dot_general", "dot_general"]
+
+
+def test_a_weight_that_passes_through_a_custom_gradient_is_said_to_be_formed_whole():
+    @jax.custom_vjp
+    def halve_gradient(w):
+        return w
+
+    halve_gradient.defvjp(lambda w: (w, None), lambda _, g: (g / 2,))
+    sites = rl.find_sites(lambda p, x: x @ halve_gradient(p["w"]), {"w": jnp.eye(4)}, jnp.ones(4))
+    assert "formed whole: w: `custom_vjp_call`" in str(sites)
