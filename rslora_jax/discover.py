@@ -65,7 +65,8 @@ def sites_of(program: Program, *, inner: bool = False) -> Sites:
         is_factor = inner and path.startswith("lora/")
         reports = [report for report in recorder.reports if report.path == path]
         entry = _judge(path, leaf, reports, heads, is_factor=is_factor)
-        if isinstance(entry, Left) and path in hidden and len(entry.shape) > 1 and not is_factor:
+        direct = is_factor or any(report.use.kind == "product" for report in reports)
+        if isinstance(entry, Left) and path in hidden and len(entry.shape) > 1 and not direct:
             entry = dataclasses.replace(entry, matrix=True, hidden=True)
         (sites if isinstance(entry, Site) else left).append(entry)
     total = sum(leaf.size for leaf in program.base.leaves if is_array(leaf))
