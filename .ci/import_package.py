@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Modules that only the extras bring. Rich is missing here: Flax itself depends on it.
 OPTIONAL = [
-    *("gguf", "tokenizers", "tyro", "matplotlib", "periodictable"),
+    *("gguf", "tokenizers", "tyro", "matplotlib", "safetensors", "pandas"),
     *("pytest", "hypothesis", "equinox", "haiku"),
 ]
 

@@ -8,8 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from facts import Fact
+from rslora_jax.files import whole_file
 from scores import Scores
-from session import whole_file
 
 
 def progress_bar() -> Progress:

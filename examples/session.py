@@ -1,4 +1,4 @@
-"""What a long-running script owes its user: a clean Ctrl-C, whole files, and where the time went.
+"""What a long-running script owes its user: a clean Ctrl-C, and where the time went.
 
 Only the standard library, so that a script can import it before everything that is slow.
 """
@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report it
 
@@ -30,17 +29,6 @@ def exit_on_interrupt(message: str) -> None:
         os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGINT, unwind)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that becomes `path` only if the block succeeds."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Phases:

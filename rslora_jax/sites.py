@@ -7,6 +7,7 @@ from typing import Any
 
 from rslora_jax.axes import factor_shapes
 from rslora_jax.paths import AdapterError
+from rslora_jax.tables import align
 
 __all__ = ["Left", "Site", "Sites", "Use", "describe"]
 
@@ -142,11 +143,9 @@ def describe(sites: Sequence[Site]) -> str:
       A table as text: one line a site, the totals, and the parameters left alone.
     """
     header = ("path", "axes", "shape", "by", "rank", "alpha", "scale", "a", "b", "parameters")
-    rows = [header, *(_row(site) for site in sites)]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    lines = align([header, *(_row(site) for site in sites)])
     notes = [f"formed whole: {s.path}: {use}" for s in sites for use in s.uses if _is_whole(s, use)]
-    return "\n".join(line.rstrip() for line in [*lines, *_totals(sites), *notes, *_leavings(sites)])
+    return "\n".join([*lines, *_totals(sites), *notes, *_leavings(sites)])
 
 
 def _row(site: Site) -> tuple[str, ...]:

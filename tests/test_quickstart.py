@@ -17,7 +17,7 @@ from facts import Batch, atomic_numbers
 from llama import Llama, LlamaConfig
 from quickstart import Options
 from scores import exact_match, greedy
-from session import INTERRUPTED, Phases, whole_file
+from session import INTERRUPTED, Phases
 
 SCRIPT = Path(quickstart.__file__)
 TINY = LlamaConfig(
@@ -171,22 +171,6 @@ def test_the_plot_is_a_png_of_its_own(tmp_path):
     quickstart.plot([2.0, 1.0, 0.5], tmp_path / "loss.png")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_file_that_fails_half_way_leaves_the_old_one_untouched(tmp_path):
-    path = tmp_path / "loss.png"
-    path.write_text("old")
-
-    def fail():
-        with whole_file(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [
-        ("loss.png", "old")
-    ]
 
 
 def test_phases_add_up():

@@ -1,0 +1,1 @@
+"""Analysis: gradient magnitude measured, not asserted."""
