@@ -122,7 +122,7 @@ def factored_svd(site: Site, factors: Factors) -> Svd:
       >>> import jax.numpy as jnp, rslora_jax as rl
       >>> site = rl.Site("w", "io", (4, 9), "float32", rank=1, alpha=2.0, scale=2.0)
       >>> svd = factored_svd(site, {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 9))})
-      >>> svd.s.round(3).tolist()
+      >>> [round(s, 3) for s in svd.s.tolist()]
       [12.0]
     """
     a, b = matrices(site, factors)
