@@ -201,6 +201,7 @@ def _without_leading(labels: tuple[int, ...]) -> tuple[int, ...]:
 
 def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
     params = eqn.params
+    args = [_enter(arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True)]
     inner = _call(walk, eqn, needed, "jaxpr")
 
     def body(*operands: Any) -> list[Any]:
@@ -215,6 +216,16 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, .
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )(*args)
+
+
+def _enter(arg: Any, spec: Any) -> Any:
+    """A sketch of the inputs stays outside where each shard sees a part of an input only."""
+    if not isinstance(arg, Held) or len(arg.factors) < 4:
+        return arg
+    sums, sketch = arg.factors[2:4]
+    entries = dict(enumerate(spec))
+    split = any(entries.get(n) for n in sketch.labels if n not in sums.labels)
+    return dataclasses.replace(arg, factors=arg.factors[:3]) if split else arg
 
 
 def _spec(arg: Any, spec: Any) -> Any:

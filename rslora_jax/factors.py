@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rslora_jax.axes import delta_subscripts, factor_dims, factor_shapes, fan_in
+from rslora_jax.axes import RANK, delta_subscripts, factor_dims, factor_shapes, fan_in
 from rslora_jax.config import LoraConfig
 from rslora_jax.paths import AdapterError, insert, lookup
 from rslora_jax.sites import Site
 
 __all__ = [
+    "TAPS",
     "Factor",
     "LoraParams",
     "contract",
@@ -32,6 +33,9 @@ __all__ = [
     "labelled",
     "project",
 ]
+
+TAPS = ("sums", "sketch", "gram")
+"""What `taps` may put beside the factors of a site; no adapter that is kept holds them."""
 
 PyTree: TypeAlias = Any
 Labels: TypeAlias = tuple[int, ...]
@@ -255,7 +259,7 @@ def _warn_rank_dependent(init: Callable[..., Any], site: Site) -> None:
 
 
 def _check_site(site: Site, found: Any) -> None:
-    if not isinstance(found, Mapping) or set(found) != {"a", "b"}:
+    if not isinstance(found, Mapping) or not _are_factors(set(found)):
         there = sorted(found) if isinstance(found, Mapping) else "nothing"
         raise AdapterError(
             f"The site {site.path!r} needs the factors ['a', 'b'], found {there}. Pass the lora "
@@ -275,12 +279,16 @@ def _check_site(site: Site, found: Any) -> None:
             )
 
 
+def _are_factors(names: set[str]) -> bool:
+    return {"a", "b"} <= names <= {"a", "b", *TAPS}
+
+
 def _is_floating(value: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
 def _check_unknown(lora: Mapping[str, Any], sites: Sequence[Site]) -> None:
-    known = {f"{site.path}/{name}" for site in sites for name in "ab"}
+    known = {f"{site.path}/{name}" for site in sites for name in ("a", "b", *TAPS)}
     keyed = jax.tree_util.tree_flatten_with_path(lora)[0]
     paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in keyed]
     unknown = sorted(set(paths) - known)
@@ -291,7 +299,9 @@ def _check_unknown(lora: Mapping[str, Any], sites: Sequence[Site]) -> None:
         )
 
 
-def labelled(site: Site, factors: Mapping[str, Any]) -> tuple[Factor, Factor]:
-    """The two factors of a site, labelled by the weight's axes."""
+def labelled(site: Site, factors: Mapping[str, Any]) -> tuple[Factor, ...]:
+    """The factors of a site and its taps, if any, labelled by the weight's axes."""
     a, b = factor_dims(site.axes)
-    return Factor(factors["a"], a), Factor(factors["b"], b)
+    stacked = (*(k for k, role in enumerate(site.axes) if role == "b"), RANK)
+    labels = {"a": a, "b": b, "sums": stacked, "sketch": a, "gram": stacked}
+    return tuple(Factor(factors[name], labels[name]) for name in labels if name in factors)

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor, contract, project
+from rslora_jax.taps import watch_input, watch_output
 from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
 
 __all__ = ["PRODUCTS", "whole"]
@@ -28,13 +29,15 @@ def whole(held: Held) -> jax.Array:
 
     The sum is formed in float32 (float64 for a float64 weight) and cast once.
     """
-    a, b = held.factors
+    a, b, *taps = held.factors
     wide = jnp.promote_types(jnp.float32, held.base.dtype)
     keep = {n for factor in (a, b) for n in factor.labels if n != RANK}
     dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     first, second = (Factor(f.array.astype(wide), f.labels) for f in (a, b))
     product = contract(first, second, keep=keep, dot=dot)
     delta = _arrange(product, range(held.base.ndim), held.base.shape) * held.scale
+    if held.rows:  # rows that were looked up are an activation, a weight is none
+        delta = watch_output(delta, held.base, tuple(range(held.base.ndim)), taps)
     return (held.base.astype(wide) + delta).astype(held.base.dtype)
 
 
@@ -51,7 +54,7 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     out = _dot_labels(labels, held.base.ndim, mine, left)
     first, second = _order(held, mine[0])
     how = _How(out, held.scale, left, *(eqn.params[name] for name in OPTIONS))
-    return _plus(base, Factor(x, labels), first, second, how)
+    return _plus(base, Factor(x, labels), (first, second), held.factors[2:], how)
 
 
 class _How(NamedTuple):
@@ -65,14 +68,18 @@ class _How(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="how", inline=True)
-def _plus(base: Any, x: Factor, first: Factor, second: Factor, how: _How) -> jax.Array:
+def _plus(
+    base: Any, x: Factor, factors: tuple[Factor, Factor], taps: Sequence[Factor], how: _How
+) -> jax.Array:
     """base + scale * (x . first) . second; inlined, so that JAX derives equal sites once."""
     dtype = x.array.dtype if jnp.issubdtype(x.array.dtype, jnp.floating) else base.dtype
     if jnp.finfo(dtype).bits < 16:  # the factors would not survive eight bits
         dtype = jnp.bfloat16
     dot = _like(how.precision, how.preferred_element_type, dtype)
-    product = project(x, first, second, how.out, scale=how.scale, left=how.left, dot=dot)
-    return base + _arrange(product, how.out, base.shape).astype(base.dtype)
+    x = watch_input(x, taps)
+    product = project(x, *factors, how.out, scale=how.scale, left=how.left, dot=dot)
+    added = _arrange(product, how.out, base.shape).astype(base.dtype)
+    return base + watch_output(added, base, how.out, taps)
 
 
 def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -121,7 +128,7 @@ def _dot_labels(labels: Sequence[int], ndim: int, mine: Any, left: bool) -> tupl
 
 def _order(held: Held, summed: Sequence[int]) -> tuple[Factor, Factor]:
     """The factor that owns most of what is summed over meets the activation first."""
-    a, b = held.factors
+    a, b, *_ = held.factors
     size_a, size_b = (
         math.prod(held.base.shape[k] for k in summed if k in factor.labels) for factor in (a, b)
     )
@@ -198,6 +205,8 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     first, second = _order(held, summed)
     if set(first.labels) != {*summed, RANK} or set(second.labels) != {out_axis, RANK}:
         raise Unsupported("its input and output axes are mixed by another use")
+    taps = held.factors[2:3]  # the inputs of a convolution are patches, which no sketch sees
+    x = watch_input(Factor(x, (*range(held.base.ndim, held.base.ndim + x.ndim),)), taps).array
     kernel = _arrange(_relabel_rank(first, out_axis), range(held.base.ndim), ())
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: params[name] for name in names}
@@ -218,7 +227,8 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     product = contract(
         scaled, second, keep=set(out), dot=_like(params["precision"], preferred, x.dtype)
     )
-    return base + _arrange(product, out, base.shape).astype(base.dtype)
+    added = _arrange(product, out, base.shape).astype(base.dtype)
+    return base + watch_output(added, base, out, taps)
 
 
 def _refuse_grown(held: Held) -> None:
