@@ -1,4 +1,4 @@
-"""Optim: Optax transforms and masks that train the adapters and leave the base alone."""
+"""Freezing: the adapters train, each factor at its own rate, and the base does not move."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
