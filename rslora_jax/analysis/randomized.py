@@ -94,19 +94,20 @@ def delta_svd(
     key = jax.random.key(0) if key is None else key
     base, tuned = _without_explicit_axes(base), _without_explicit_axes(tuned)
     weights = (tuned,) if base is None else (tuned, base)
-    return _delta_svd(key, weights, axes, (k, k + oversample), iterations)
+    most = min(fan_in(axes, weights[0].shape), fan_out(axes, weights[0].shape))
+    # Cut outside the compiled part, so that small modules compile once for every k.
+    found = _delta_svd(key, weights, axes, min(k + oversample, most), iterations)
+    return found._replace(u=found.u[..., :k], s=found.s[..., :k], vt=found.vt[..., :k, :])
 
 
 @partial(jax.jit, static_argnums=(2, 3))
 def _delta_svd(
-    key: jax.Array, weights: Weights, axes: str, size: tuple[int, int], iterations: Any
+    key: jax.Array, weights: Weights, axes: str, width: int, iterations: Any
 ) -> DeltaSvd:
     shape = weights[0].shape
-    outputs = fan_out(axes, shape)
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(*weights))
-    k, width = (min(n, fan_in(axes, shape), outputs) for n in size)
     stack = tuple(n for letter, n in zip(axes, shape, strict=True) if letter == "b")
-    sketch = (*stack, width, outputs)
+    sketch = (*stack, width, fan_out(axes, shape))
     # Drawn flat: XLA takes ten times as long to compile the same draw in three dimensions.
     basis = jax.random.normal(key, (math.prod(sketch),), dtype).reshape(sketch)
     start = jnp.linalg.qr(_times(weights, axes, basis)).Q
@@ -116,8 +117,7 @@ def _delta_svd(
     total = _difference_norm(weights, axes, dtype)
     unseen = jnp.sqrt(jnp.maximum(total**2 - (s * s).sum(-1), 0))
     residual = jnp.where(total > 0, unseen / jnp.where(total > 0, total, 1), 0)
-    left = jnp.matmul(left, u[..., :k], precision=HIGHEST)
-    return DeltaSvd(left, s[..., :k], vt[..., :k, :], total, residual)
+    return DeltaSvd(jnp.matmul(left, u, precision=HIGHEST), s, vt, total, residual)
 
 
 def _power_step(weights: Weights, axes: str, left: jax.Array) -> jax.Array:
