@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rslora_jax.analysis.batches import Batches
 from rslora_jax.analysis.budget import Budget, divide, peak_bytes
-from rslora_jax.analysis.runs import RunData
-from rslora_jax.analysis.training import Plan, train
+from rslora_jax.analysis.runs import Run, RunData
+from rslora_jax.analysis.training import Plan, draw, train
 from rslora_jax.factors import LoraParams, init_abstract
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import is_array
@@ -51,7 +51,7 @@ def run_all(
     plan: Plan,
     base: Any,
     batches: Batches,
-    data: RunData,
+    runs: tuple[Sequence[Run], RunData],
     memory: int | None,
     sharding: NamedSharding | None,
 ) -> Outcome:
@@ -61,7 +61,7 @@ def run_all(
       plan: what the runs share.
       base: the frozen tree.
       batches: their data.
-      data: the runs, with a leading [runs] axis.
+      runs: the runs, and as `run_data` gives them.
       memory: bytes that the runs on one device may use together, or None.
       sharding: spreads the runs over one mesh axis, or None.
 
@@ -71,9 +71,10 @@ def run_all(
     _check_loss(plan, base, batches)
     axis, shards = _axis(sharding)
     started = time.perf_counter()
-    one = _trace(plan, base, batches, data)
-    runs = len(data.rank)
-    budget = divide(runs, one.bytes, memory, shards)
+    records, data = runs
+    draws = draw(plan, list(dict.fromkeys(run.seed for run in records)))
+    one = _trace(plan, base, draws, batches, data)
+    budget = divide(len(records), one.bytes, memory, shards)
     data = jax.tree.map(partial(_padded, budget.chunk * budget.rounds * shards), data)
     program = _program(one.function, budget)
     if sharding is not None:
@@ -84,22 +85,22 @@ def run_all(
     shared = [_placed(leaf, sharding) for leaf in one.shared]
     compiled = jax.jit(program).lower(shared, data).compile()
     compiling = time.perf_counter() - started
-    results = [np.asarray(leaf)[:runs] for leaf in compiled(shared, data)]
+    results = [np.asarray(leaf)[: len(records)] for leaf in compiled(shared, data)]
     seconds = {"compiling": compiling, "running": time.perf_counter() - started - compiling}
     seen, factors = jax.tree.unflatten(one.treedef, results)
     return Outcome({name: seen[name] for name in plan.quantities}, budget, seconds, factors)
 
 
-def _trace(plan: Plan, base: Any, batches: Batches, data: RunData) -> _OneRun:
+def _trace(plan: Plan, base: Any, draws: Any, batches: Batches, data: RunData) -> _OneRun:
     """Traces one run; `vmap` of this trace is all of them, so Python walks the model once."""
-    leaves, treedef = jax.tree.flatten((base, batches.stacked, batches.single))
+    leaves, treedef = jax.tree.flatten((base, draws, batches.stacked, batches.single))
     places = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
 
     def function(shared: Sequence[Any], run: RunData) -> Any:
         filled = dict(zip(places, shared, strict=True))
         given = [filled.get(k, leaf) for k, leaf in enumerate(leaves)]
-        tree, stacked, single = jax.tree.unflatten(treedef, given)
-        return train(plan, tree, Batches(batches.steps, stacked, single), run)
+        tree, drawn, stacked, single = jax.tree.unflatten(treedef, given)
+        return train(plan, tree, drawn, Batches(batches.steps, stacked, single), run)
 
     shared = [leaves[k] for k in places]
     run = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), data)

@@ -47,14 +47,14 @@ class RunData(NamedTuple):
 
     Attributes:
       rank: int32.
-      seed: uint32.
+      draw: int32, the place of the run's seed among the seeds.
       learning_rate: float32 (float64 where JAX has it enabled), as are the next two.
       start: what the draw of `a` is multiplied by.
       ratio: [.., sites], the run's scale over the scale that `apply` uses.
     """
 
     rank: Any
-    seed: Any
+    draw: Any
     learning_rate: Any
     start: Any
     ratio: Any
@@ -113,10 +113,11 @@ def run_data(
         [_gamma(rules[r.scaling], alpha or s.alpha, r.rank) / (s.scale or 1) for s in sites]
         for r in runs
     ]
+    seeds = list(dict.fromkeys(run.seed for run in runs))
     real = jnp.result_type(float)
     return RunData(
         np.array([run.rank for run in runs], np.int32),
-        np.array([run.seed for run in runs], np.uint32),
+        np.array([seeds.index(run.seed) for run in runs], np.int32),
         np.array([run.learning_rate for run in runs], real),
         np.array([INITS[init](run.rank) for run in runs], real),
         np.array(ratio, real),

@@ -180,7 +180,7 @@ def rank_sweep(  # noqa: PLR0913 - every argument is a choice of the experiment
     config = LoraConfig(rank=1, init=DRAWS.get(init, init), scaling="lora", dtype=dtype)
     recorded = check_quantities(quantities)
     plan = Plan(loss_fn, tuple(sites), optimizer, config, recorded, return_factors)
-    outcome = run_all(plan, base, batches_of(batches, steps), data, memory, sharding)
+    outcome = run_all(plan, base, batches_of(batches, steps), (runs, data), memory, sharding)
     name = getattr(optimizer, "__name__", type(optimizer).__name__)
     sweep = Sweep(runs, *outcome[:3], name, init, outcome.factors)
     _warn_failures(sweep)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rslora_jax.analysis.batches import Batches
@@ -16,7 +17,7 @@ from rslora_jax.factors import LoraParams, init
 from rslora_jax.paths import insert, lookup
 from rslora_jax.sites import Site
 
-__all__ = ["Plan", "start", "train", "with_scale"]
+__all__ = ["Plan", "draw", "train", "with_scale"]
 
 PyTree = Any
 
@@ -42,12 +43,28 @@ class Plan:
     keep: bool = False
 
 
-def train(plan: Plan, base: PyTree, batches: Batches, run: RunData) -> tuple[dict[str, Any], Any]:
+def draw(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
+    """The random `a` of every seed at the padded size, by path: [seeds, b.., i.., r].
+
+    They are drawn before the sweep is compiled, by programs that `adapt` compiled before: in
+    the sweep's own program, random numbers would take longer to compile than all the rest.
+    """
+    every = [init(jax.random.key(seed), plan.sites, plan.config) for seed in seeds]
+    return {
+        site.path: np.stack([np.asarray(lookup(lora, site.path)["a"]) for lora in every])
+        for site in plan.sites
+    }
+
+
+def train(
+    plan: Plan, base: PyTree, draws: dict[str, Any], batches: Batches, run: RunData
+) -> tuple[dict[str, Any], Any]:
     """All steps of one run.
 
     Args:
       plan: what the runs share.
       base: the frozen tree.
+      draws: what `draw` gave.
       batches: one batch a step, or one for all.
       run: the numbers of this run, possibly traced.
 
@@ -56,7 +73,7 @@ def train(plan: Plan, base: PyTree, batches: Batches, run: RunData) -> tuple[dic
       rescaled to be used with the sites' own scales.
     """
     tx = optax.with_extra_args_support(plan.optimizer(run.learning_rate))
-    lora = start(plan, run)
+    lora = _start(plan, draws, run)
 
     def step(carry: Any, batch: Any) -> Any:
         lora, state = carry
@@ -72,14 +89,14 @@ def train(plan: Plan, base: PyTree, batches: Batches, run: RunData) -> tuple[dic
     return seen, with_scale(plan.sites, lora, run.ratio) if plan.keep else None
 
 
-def start(plan: Plan, run: RunData) -> dict[str, Any]:
-    """The factors of a run: the first columns of the `a` that its seed gives at the padded size."""
-    lora = init(jax.random.key(run.seed), plan.sites, plan.config)
-
-    def cut(site: Site, name: str, factor: jax.Array) -> jax.Array:
-        return factor * run.start.astype(factor.dtype) if name == "a" else factor
-
-    return _masked(plan.sites, _map(plan.sites, lora, cut), run.rank)
+def _start(plan: Plan, draws: dict[str, Any], run: RunData) -> dict[str, Any]:
+    """The factors of a run: the first columns of the `a` of its seed, and zeros."""
+    tree: dict[str, Any] = {}
+    for site in plan.sites:
+        a = jnp.asarray(draws[site.path])[run.draw]
+        a = a * run.start.astype(a.dtype)
+        insert(tree, site.path, {"a": a, "b": jnp.zeros(site.factor_shapes[1], a.dtype)})
+    return _masked(plan.sites, tree, run.rank)
 
 
 def with_scale(sites: Sequence[Site], lora: Any, ratio: Any) -> dict[str, Any]:
