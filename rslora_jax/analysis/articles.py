@@ -14,7 +14,7 @@ CLAIMS = (
     (
         "Rank 4 holds over 99 % of a style update.",
         "half",
-        "99.15 % of this 64 x 64 matrix. Its noise grows with the width: 87 % at 256, 62 % at 512.",
+        "99.15 % of this 64 x 64 matrix. Its noise grows with the width: 87 % at 256.",
     ),
     (
         "Rank 8 misses over 70 % of a facts update.",
@@ -55,8 +55,9 @@ CLAIMS = (
     (
         "Above rank 16 avoid alpha/r: its gradients vanish and it is unstable.",
         "half",
-        "Gradients shrink as r^-0.5 and SGD slows down. But alpha/r is the last to diverge, its "
-        "signal under Adam does not depend on the rank, and alpha = 2 r is a constant scale.",
+        "Gradients shrink as r^-0.5 and SGD slows down. But at high learning rates alpha/r is the "
+        "last to diverge, under Adam its signal does not depend on the rank, and alpha = 2 r is a "
+        "constant scale.",
     ),
     (
         "alpha/sqrt(r) keeps activations and gradients at one size for any rank.",

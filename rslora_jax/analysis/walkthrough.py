@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rslora_jax.analysis.articles import claims
-from rslora_jax.analysis.effective_rank import energy_by_rank
 from rslora_jax.analysis.first_steps import first_steps
 from rslora_jax.analysis.style_facts import (
     energy_table,
@@ -17,8 +16,8 @@ from rslora_jax.analysis.style_facts import (
     rank_table,
     scale_table,
     singular_values,
-    updates,
     value_table,
+    wide_style_energy,
     width_table,
 )
 from rslora_jax.extras import extra
@@ -46,7 +45,7 @@ def sections() -> tuple[Section, ...]:
     Example:
       >>> print(sections()[2])
       3. The scale
-
+      <BLANKLINE>
       rank  lora     rslora
       1     16.0000  16.0000
       4     4.0000   8.0000
@@ -64,7 +63,7 @@ def sections() -> tuple[Section, ...]:
         ("The scale", scale_table(), 4, _SCALES),
         ("The energy that rank r can hold, in percent", energy_table(), 1, _ENERGY),
         ("Rank 4 of the style update, drawn wider, in percent", width_table(), 1, _WIDTHS),
-        ("How many ranks the updates have", rank_table(), 2, _RANKS),
+        ("How many ranks the updates have", rank_table(), None, _RANKS),
         ("What the articles meant: one step, by rank", first_steps(), 3, _STEPS),
         ("Claims and verdicts", claims(), None, _CLAIMS),
     )
@@ -105,10 +104,11 @@ _RANKS = (
     "rslora_jax.analysis.effective_rank."
 )
 _STEPS = (
-    "A linear layer of 1024 x 16, b = 0, one step: sizes over those at rank 4. The gradient of b "
-    "falls as r^-0.5 under alpha/r and keeps its size under alpha/sqrt(r). So does the loss that "
-    "a step of SGD saves (signal): -1 and 0. Adam divides the gradient's size out: there it is "
-    "alpha/r whose signal does not depend on the rank, and alpha/sqrt(r) grows as r^0.5."
+    "A linear layer of 1024 x 16, b = 0, one step; sizes over those at rank 4. grad_b is the norm "
+    "of b's gradient: r^-0.5 under alpha/r, stable under alpha/sqrt(r). signal is the loss that "
+    "the step saves: SGD inherits the collapse twice (r^-1), and alpha/sqrt(r) heals it. Adam "
+    "divides the gradient's size out: with it the signal of alpha/r is the stable one, and that "
+    "of alpha/sqrt(r) grows as r^0.5. delta is |dW|, everything that moved."
 )
 _CLAIMS = "half: true of these numbers, or in part, but not what it is used to show."
 
@@ -133,16 +133,18 @@ def draw(path: str | os.PathLike[str]) -> None:
     if Path(path).suffix.lower() != ".png":
         raise AdapterError(f"The walkthrough is drawn as a .png file, found {os.fspath(path)!r}.")
     module = extra("matplotlib.figure", "rslora_jax[cli]", "The walkthrough's figure")
-    figure = module.Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2)
+    figure = module.Figure(figsize=(11, 8))
+    panels = figure.subplots(2, 2, gridspec_kw=MARGINS)
     for axes, fill in zip(panels.flat, (_spectra, _errors, _scales, _energy), strict=True):
         fill(axes)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=1 if fill is not _errors else 2)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
+# Fixed: to let matplotlib compute them takes longer than the drawing.
+MARGINS = {"left": 0.07, "right": 0.98, "bottom": 0.06, "top": 0.95, "hspace": 0.25, "wspace": 0.2}
 COLORS = {"style": "tab:blue", "facts": "tab:orange"}
 LINES = {"lora": "-", "rslora": "--"}
 RULES = {"lora": "alpha/r", "rslora": "alpha/sqrt(r)"}
@@ -165,7 +167,7 @@ def _errors(axes: Any) -> None:
         axes.semilogy(ALL_RANKS[:-1], best[:-1], ":", color=color, label=f"{name}, s = 1 (best)")
     axes.axhline(1, color="black", lw=1.5, label="1.0 = no update")
     axes.set(title="Error of s W_r: it shows |s - 1|", xlabel="rank", ylabel="|W - s W_r| / |W|")
-    axes.set_ylim(0.01, 20)
+    axes.set_ylim(0.001, 20)
 
 
 def _scales(axes: Any) -> None:
@@ -185,7 +187,7 @@ def _energy(axes: Any) -> None:
     table = energy_table(ALL_RANKS)
     for name, color in COLORS.items():
         axes.plot(ALL_RANKS, table.column(name), color=color, label=name)
-    wide = 100 * energy_by_rank(np.linalg.svd(updates(256).style, compute_uv=False))
+    wide = 100 * wide_style_energy(256)
     wide_label = "style drawn 256 x 256, same noise per entry"
     axes.plot(ALL_RANKS, wide[: len(ALL_RANKS)], ":", color=COLORS["style"], label=wide_label)
     marked = (4, table.column("style")[3]), (8, table.column("facts")[7])
