@@ -302,7 +302,9 @@ def _gather(walk: Walk, eqn: Any, held: Any, indices: Any) -> Any:
     moved = _move(held, base, view, rows)
     if held.factors:
         stacked = all(axis in factor.labels for factor in held.factors)
-        return moved if stacked else settle(walk, eqn, moved, kind="lookup")
+        if stacked:
+            return moved
+        return settle(walk, eqn, replace(moved, rows=held.view[axis]), kind="lookup")
     return _picked(walk, eqn, held, moved, axis)
 
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor, contract, project
-from rslora_jax.taps import watch_input, watch_output
+from rslora_jax.taps import Ragged, watch_input, watch_output
 from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
 
 __all__ = ["PRODUCTS", "whole"]
@@ -35,9 +35,10 @@ def whole(held: Held) -> jax.Array:
     dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     first, second = (Factor(f.array.astype(wide), f.labels) for f in (a, b))
     product = contract(first, second, keep=keep, dot=dot)
-    delta = _arrange(product, range(held.base.ndim), held.base.shape) * held.scale
+    order = tuple(range(held.base.ndim))
+    delta = _arrange(product, order, held.base.shape) * held.scale
     if held.rows:  # rows that were looked up are an activation, a weight is none
-        delta = watch_output(delta, held.base, tuple(range(held.base.ndim)), taps)
+        delta = watch_output(Factor(delta, order), held.base, taps)
     return (held.base.astype(wide) + delta).astype(held.base.dtype)
 
 
@@ -79,7 +80,7 @@ def _plus(
     x = watch_input(x, taps)
     product = project(x, *factors, how.out, scale=how.scale, left=how.left, dot=dot)
     added = _arrange(product, how.out, base.shape).astype(base.dtype)
-    return base + watch_output(added, base, how.out, taps)
+    return base + watch_output(Factor(added, how.out), base, taps)
 
 
 def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
@@ -152,10 +153,19 @@ def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
     xs = _x_labels(x.ndim, held.base.ndim, (wc, ()), (xc, ()))
     out = _dot_labels(xs, held.base.ndim, ((*wc, *groups), ()), left=False)
     ragged = held.base.ndim + numbers.lhs_ragged_dimensions[0]
-    thin = dot(Factor(x, xs), first, ragged)
+    taps, members = held.factors[2:], Ragged(ragged, _members(sizes, x.shape[xs.index(ragged)]))
+    thin = dot(watch_input(Factor(x, xs), taps, members), first, ragged)
     wide = jnp.promote_types(thin.array.dtype, jnp.float32)
     thin = Factor((thin.array.astype(wide) * held.scale).astype(x.dtype), thin.labels)
-    return base + _arrange(dot(thin, second, ragged), out, base.shape).astype(base.dtype)
+    added = _arrange(dot(thin, second, ragged), out, base.shape).astype(base.dtype)
+    return base + watch_output(Factor(added, out), base, taps, members)
+
+
+def _members(sizes: jax.Array, entries: int) -> jax.Array:
+    """Which of the sorted entries each group holds, as ones and zeros: [groups, entries]."""
+    ends = jnp.cumsum(sizes)[:, None]
+    places = jnp.arange(entries)
+    return ((ends - sizes[:, None] <= places) & (places < ends)).astype(jnp.float32)
 
 
 def _ragged_like(
@@ -228,7 +238,7 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
         scaled, second, keep=set(out), dot=_like(params["precision"], preferred, x.dtype)
     )
     added = _arrange(product, out, base.shape).astype(base.dtype)
-    return base + watch_output(added, base, out, taps)
+    return base + watch_output(Factor(added, out), base, taps)
 
 
 def _refuse_grown(held: Held) -> None:

@@ -8,12 +8,47 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
+from rslora_jax import norms
+from rslora_jax.factors import factors_of
+from rslora_jax.taps import SUMS, tap, untap
 from tests.constructs import CONSTRUCTS
 from tests.quick import compiled, is_array, run
 
 RANK, ALPHA = 2, 3.0
 ALL = sorted(CONSTRUCTS)
 every_construct = pytest.mark.parametrize("name", ALL)
+every_tapped = pytest.mark.parametrize(
+    "name",
+    [
+        "a_batched_product",
+        "a_constant_of_a_scan",
+        "a_fused_kernel_split_in_three",
+        "a_gather_of_one_expert_for_each_token",
+        "a_scan_in_a_scan",
+        "a_tied_embedding",
+        "a_weight_behind_stop_gradient",
+        "a_weight_divided_and_negated",
+        "a_weight_on_the_left",
+        "a_weight_used_in_both_orientations",
+        "an_einsum_of_every_token_with_every_expert",
+        "an_einsum_that_sums_over_a_middle_axis",
+        "an_embedding_looked_up_with_take",
+        "axes_merged_by_reshape",
+        "cond",
+        "hand_written_einsums",
+        "heads_repeated_before_the_product",
+        "inner_functions_with_warm_caches",
+        "linen_attention",
+        "linen_conv_2d",
+        "linen_scan_of_remat",
+        "nnx_layers",
+        "per_expert_slices",
+        "ragged_dot",
+        "shard_map_with_a_sharded_contraction",
+        "vmap_over_activations",
+        "weights_constrained_to_a_sharding",
+    ],
+)
 every_double = pytest.mark.parametrize("name", [n for n in ALL if CONSTRUCTS[n].double])
 half_a_dozen = pytest.mark.parametrize(
     "name",
@@ -208,6 +243,46 @@ def test_adapters_change_the_outputs(name):
     (base, _), _ = both(name, "float32", lora)
     (moved, _), _ = result(name, "float32")
     assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(base, moved, strict=True))
+
+
+@functools.cache
+def tapped(name):
+    """The float32 outputs, the derivatives, and the taps' share of them: `{path: taps}`."""
+    _, args, params, apply, sites = model(name)
+
+    def function(base, lora, args):
+        adapted = functools.partial(with_base, apply, base)
+        outs, (grads, *rest) = differentiated(adapted, lora, args, reverse=True)
+        grads, taps = untap(grads, sites)
+        return outs, (grads, *rest), taps
+
+    return compiled(function)(params.base, tap(params.lora, sites, 2), args)
+
+
+def with_base(apply, base, lora, *args):
+    return apply(rl.LoraParams(base, lora), *args)
+
+
+@every_tapped
+def test_taps_change_no_output_and_no_gradient(name):
+    outs, derivatives, _ = tapped(name)
+    (plain_outs, plain_derivatives), _ = result(name, "float32")
+    assert_close(outs, plain_outs, 1e-6)
+    assert_close(derivatives, plain_derivatives, 1e-5)
+
+
+@every_tapped
+def test_taps_see_in_each_module_at_least_the_work_that_the_adapter_does_there(name):
+    """<b, grad b> is the inner product of output and its gradient, and of input and its own."""
+    _, (grads, *_), taps = tapped(name)
+    _, _, params, _, sites = model(name)
+    lora, grads = (factors_of(tree, sites) for tree in (params.lora, grads))
+    for site in sites:
+        sums = {n: taps[site.path]["sums"][..., k] for k, n in enumerate(SUMS)}
+        work = np.abs(norms.inner(site, lora[site.path], grads[site.path])["b"])
+        assert np.all(work**2 <= 1.001 * sums["output_2"] * sums["output_grad_2"])
+        if not site.embedding:
+            assert np.all(work**2 <= 1.001 * sums["input_2"] * sums["input_grad_2"])
 
 
 @every_construct

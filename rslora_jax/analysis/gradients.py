@@ -81,18 +81,29 @@ class GradientReport:
 
     def __str__(self) -> str:
         """The means over the modules of each site, the means of all, and the totals."""
-        rows: list[dict[str, Any]] = []
-        for path, found in self.modules.items():
-            rows.append({"path": path, **{k: _or_none(_mean([v])) for k, v in found.items()}})
-        rows.append({"path": "mean of modules", **{k: _or_none(v) for k, v in self.means.items()}})
-        names = [name for name in self.means if name not in HIDDEN]
-        shown = [{name: row.get(name) for name in ("path", *names)} for row in rows]
+        rows = [(path, found) for path, found in self.modules.items()]
+        shown = [name for name in SHOWN if name in self.means]
+        table = Table.of(
+            {"path": path, **{name: _or_none(_mean([found[name]])) for name in shown}}
+            for path, found in [*rows, ("mean of modules", self.means)]
+        )
         totals = ", ".join(f"{name} {float(value):.4g}" for name, value in self.totals.items())
-        return f"{Table.of(shown)}\nloss {float(self.loss):.6g}; total {totals}"
+        lines = [f"{table}", f"loss {float(self.loss):.6g}; total {totals}", *self._warnings()]
+        return "\n".join(lines)
+
+    def _warnings(self) -> list[str]:
+        if not self.totals["nonfinite"]:
+            return []
+        paths = [path for path, found in self.modules.items() if np.any(found["nonfinite"])]
+        return [f"not finite: gradients of {', '.join(paths)}; the first step to look at is this"]
 
 
-HIDDEN = ("output_1", "output_2", "output_4", "input_grad_1", "input_grad_2", "input_grad_4")
-"""Quantities that `table` holds but the printed report leaves out."""
+SHOWN = (
+    *("grad_a", "grad_b", "below_eps_b", "output_rms", "output_ratio", "input_grad_rms"),
+    *("delta", "delta_2", "delta_ratio", "signal", "intrinsic_dim"),
+    *("update_a", "update_b", "predicted_change", "weight_grad", "captured"),
+)
+"""What the printed report shows, in this order; `GradientReport.table` holds everything."""
 
 
 def gradient_report(
