@@ -1,0 +1,180 @@
+"""Two safetensors folders: paired by name, read one tensor at a time, drawn."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import rslora_jax as rl
+from rslora_jax.analysis import folders
+from rslora_jax.analysis.folders import compare_folders, open_folder
+from rslora_jax.analysis.spectrum import Spectra, Spectrum
+from rslora_jax.analysis.spectrum_plot import plot_energy
+
+RNG = np.random.default_rng(0)
+BASE = {
+    "embed": RNG.normal(size=(20, 16)).astype(ml_dtypes.bfloat16),
+    "layers.0.q": RNG.normal(size=(16, 20)).astype("float32"),
+    "layers.1.q": RNG.normal(size=(16, 20)).astype("float32"),
+    "experts": RNG.normal(size=(2, 16, 20)).astype("float32"),
+    "conv": RNG.normal(size=(16, 1, 4)).astype("float32"),
+    "norm": np.ones(16, "float32"),
+    "positions": np.arange(16),
+}
+CHANGE = {name: RNG.normal(size=BASE[name].shape) for name in ("layers.0.q", "experts")}
+TUNED = {name: (x + CHANGE.get(name, 0)).astype(x.dtype) for name, x in BASE.items()}
+
+
+def save(path, tensors, shards=1):
+    path.mkdir()
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    place = {name: f"model-{n % shards}.safetensors" for n, name in enumerate(tensors)}
+    for file in set(place.values()):
+        save_file({n: x for n, x in tensors.items() if place[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return save(root / "base", BASE), save(root / "tuned", TUNED, shards=3)
+
+
+@pytest.fixture(scope="module")
+def compared(pair):
+    seen = []
+    return compare_folders(*pair, k=20, progress=lambda *step: seen.append(step)), seen
+
+
+def test_the_spectra_are_those_of_numpy(compared):
+    found = {item.path: item for item in compared[0]}
+    assert list(found) == ["embed", "experts", "layers.0.q", "layers.1.q"]
+    for name in CHANGE:
+        exact = np.linalg.svd(TUNED[name].astype(float) - BASE[name], compute_uv=False)
+        np.testing.assert_allclose(found[name].s, exact, rtol=1e-4, atol=1e-5)
+    assert not found["embed"].total.any() and not found["layers.1.q"].total.any()
+
+
+def test_the_table_has_a_row_for_every_module(compared):
+    table = compared[0].ranks()
+    assert table.select(path="experts").column("module") == ["0", "1"]
+    exact = np.linalg.norm(CHANGE["layers.0.q"]) / np.linalg.norm(BASE["layers.0.q"])
+    np.testing.assert_allclose(table.select(path="layers.0.q").column("relative"), [exact], 1e-5)
+
+
+def test_progress_is_told_before_each_matrix_and_at_the_end(compared):
+    steps = compared[1]
+    assert [step[:2] for step in steps] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps[1][2] == "experts"
+
+
+def test_only_one_tensor_of_each_model_is_read_at_a_time(pair, monkeypatch):
+    reads = []
+    spectrum_of = folders.pair_spectrum
+
+    class Counted:
+        def __init__(self, file, framework):
+            self.file = safe_open(file, framework)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            reads.append(name)
+            return self.file.get_tensor(name)
+
+    def note(pair, k, **options):
+        reads.append("spectrum")
+        return spectrum_of(pair, k, **options)
+
+    monkeypatch.setattr("safetensors.safe_open", Counted)
+    monkeypatch.setattr(folders, "pair_spectrum", note)
+    compare_folders(*pair, k=20)
+    assert reads[:6] == ["embed", "embed", "spectrum", "experts", "experts", "spectrum"]
+    assert len(reads) == 12
+
+
+def test_the_plot_is_a_picture_with_the_changed_modules(compared, tmp_path):
+    plot_energy(compared[0], tmp_path / "energy.png")
+    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_any_change_is_refused(tmp_path):
+    still = Spectra([Spectrum("w", (4, 4), np.zeros(4), np.array(0.0))])
+    with pytest.raises(rl.AdapterError, match=r"none of the 1 weights changed"):
+        plot_energy(still, tmp_path / "energy.png")
+    assert not list(tmp_path.iterdir())
+
+
+# Bad input.
+
+
+def test_folders_that_do_not_match_name_tensors_and_shapes(pair, tmp_path):
+    other = {**TUNED, "layers.1.q": np.ones((3, 20), "float32"), "new": np.ones(2, "float32")}
+    del other["norm"]
+    with pytest.raises(rl.AdapterError) as caught:
+        compare_folders(pair[0], save(tmp_path / "other", other))
+    message = str(caught.value)
+    assert "3 differ" in message and "'norm' is only in" in message and "'new' is only" in message
+    assert "'layers.1.q' has shape (16, 20) in" in message and "and (3, 20) in" in message
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(rl.AdapterError, match=r"found no folder .*nowhere"):
+        open_folder(tmp_path / "nowhere")
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(rl.AdapterError, match=r"needs model.safetensors.*found \['config.json'\]"):
+        open_folder(tmp_path)
+
+
+def test_pickles_are_refused_by_name(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(rl.AdapterError, match=r"pytorch_model\.bin.*pickles.*are not read"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -7])
+def test_a_truncated_file_is_named(tmp_path, kept):
+    folder = save(tmp_path / "cut", BASE)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(rl.AdapterError, match=r"model\.safetensors \([\d,]+ bytes\) is no whole"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "must be JSON with a 'weight_map'"),
+        ("[]", "must be JSON with a 'weight_map'"),
+        ('{"weight_map": {"w": "gone.safetensors"}}', "'gone.safetensors', which is missing"),
+        ('{"weight_map": {"w": "../up.safetensors"}}', "which is no safetensors file beside it"),
+        ('{"weight_map": {"w": "model.bin"}}', "which is no safetensors file beside it"),
+        ('{"weight_map": {"w": 3}}', "which is no safetensors file beside it"),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(rl.AdapterError, match=message):
+        open_folder(tmp_path)
+
+
+def test_a_model_without_a_matrix_is_refused(tmp_path):
+    folder = save(tmp_path / "flat", {"norm": np.ones(16, "float32")})
+    with pytest.raises(rl.AdapterError, match="1 tensors, none of them a floating matrix"):
+        compare_folders(folder, folder)
