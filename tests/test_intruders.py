@@ -23,7 +23,7 @@ def test_scaled_singular_values_are_no_intruders():
 
 
 def test_a_large_change_in_new_directions_intrudes():
-    tuned = {"w": BASE["w"] + jnp.asarray(100 * Q[:, :3] @ WAVES, jnp.float32)}
+    tuned = {"w": BASE["w"] + jnp.asarray((Q[:, :3] * [300, 200, 100]) @ WAVES, jnp.float32)}
     found = intruders(BASE, tuned, k=3)
     assert found.table.column("intruders") == [3]
     assert np.all(found.cosines["w"] < 0.25)
