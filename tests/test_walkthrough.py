@@ -205,6 +205,7 @@ def test_every_claim_has_a_verdict_and_a_reason():
 
 def test_the_figure_is_a_png_and_needs_no_global_state_of_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    (tmp_path / "figure.PNG").write_text("an older figure")
     walkthrough.draw(tmp_path / "figure.PNG")
     assert (tmp_path / "figure.PNG").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [file.name for file in tmp_path.iterdir()] == ["figure.PNG"]
