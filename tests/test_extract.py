@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
 from rslora_jax.analysis.allocate import allocate_ranks, parameters_per_rank
@@ -112,6 +113,17 @@ def test_the_result_is_the_best_approximation_of_its_rank():
     np.testing.assert_allclose(found.errors.column("error"), [error], rtol=1e-4)
     a, b = found.params.lora["w"]["a"], found.params.lora["w"]["b"]
     np.testing.assert_allclose(jnp.linalg.norm(a), jnp.linalg.norm(b), rtol=1e-5)
+
+
+def test_a_sharded_fine_tune_is_extracted_under_explicit_axes():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    change = np.random.default_rng(0).normal(size=(12, 9)).astype("float32")
+    base, tuned = ({"w": x} for x in (0 * change, change))
+    placed = jax.device_put((base, tuned), NamedSharding(mesh, PartitionSpec("d")))
+    with jax.set_mesh(mesh):
+        found = extract(*placed, rank=9)
+        whole = rl.merge(found.params, found.sites)["w"]
+    np.testing.assert_allclose(whole, change, atol=1e-5)
 
 
 def test_a_rank_above_the_smaller_side_is_filled_with_zeros():

@@ -1,8 +1,10 @@
 """Intruder dimensions: closed cases, chance, and the oracle of a full SVD."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
 from rslora_jax.analysis.intruders import chance_cosine, intruders
@@ -56,6 +58,13 @@ def test_an_adapter_counts_like_its_merged_weights():
     merged = intruders(BASE, rl.merge(params, [site]), k=1)
     np.testing.assert_array_equal(found.cosines["w"], merged.cosines["w"])
     assert found.table.column("intruders") == [1]
+
+
+def test_sharded_weights_count_the_same_under_explicit_axes():
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    tuned = {"w": BASE["w"] + jnp.asarray(100 * Q[:, :1] @ WAVES[:1], jnp.float32)}
+    placed = jax.device_put((BASE, tuned), NamedSharding(mesh, PartitionSpec("d", "e")))
+    assert intruders(*placed, k=1).table.column("intruders") == [1]
 
 
 @pytest.mark.parametrize("size", [100, 400])

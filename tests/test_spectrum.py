@@ -205,7 +205,8 @@ def test_sharded_weights_give_the_same_spectrum(spec, kind):
     site = rl.Site("w", "bio", base.shape, "float32")
     alone = delta_spectrum({"w": base}, {"w": tuned}, k=3, sites=[site])[0]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (base, tuned)]
-    found = delta_spectrum({"w": placed[0]}, {"w": placed[1]}, k=3, sites=[site])[0]
+    with jax.set_mesh(mesh):
+        found = delta_spectrum({"w": placed[0]}, {"w": placed[1]}, k=3, sites=[site])[0]
     np.testing.assert_allclose(found.s, alone.s, rtol=1e-4)
     np.testing.assert_allclose(found.total, alone.total, rtol=1e-6)
 

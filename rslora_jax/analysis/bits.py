@@ -15,7 +15,7 @@ class Bits(NamedTuple):
       bits: how many bits are to be learned: for random answers, log2 of the number of
         answers, times the number of facts.
       per_parameter: bits that one adapter parameter stores in this training. 0.35 is what
-        a tiny transformer reached in a short run (0.31 to 0.43 at ranks 1 to 8, about 50
+        a tiny transformer reached in a short run (0.31 to 0.43 at ranks 1 to 4, about 50
         exposures a fact, measured for this library); Allen-Zhu and Li 2024 (arXiv
         2404.05405) find about 1 at 100 exposures and 2 at 1000, in full training.
     """

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rslora_jax.analysis.meshes import automatic
 from rslora_jax.analysis.pairs import Pair, pairs
 from rslora_jax.factors import LoraParams
 from rslora_jax.merge import merge
@@ -125,15 +126,19 @@ def _cosines(pair: Pair, k: int) -> np.ndarray:
 @partial(jax.jit, static_argnums=(2, 3))
 def _nearest(base: Any, tuned: Any, axes: str, k: int) -> jax.Array:
     """The largest |cos| of each of the k leading output vectors: [b.., k]."""
+    return automatic(partial(_compare, axes, k), base, tuned)
 
-    def module(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        before, after = (jnp.linalg.svd(x, full_matrices=False)[2] for x in pair)
-        cosines = jnp.matmul(after[:k], before.T, precision=lax.Precision.HIGHEST)
-        return jnp.abs(cosines).max(-1)
 
+def _compare(axes: str, k: int, base: Any, tuned: Any) -> jax.Array:
     stack = tuple(n for letter, n in zip(axes, base.shape, strict=True) if letter == "b")
-    before, after = (_as_matrices(x, axes) for x in (base, tuned))
-    return lax.map(module, (before, after)).reshape(*stack, k)
+    modules = _as_matrices(base, axes), _as_matrices(tuned, axes)
+    return lax.map(partial(_compare_module, k), modules).reshape(*stack, k)
+
+
+def _compare_module(k: int, module: tuple[jax.Array, jax.Array]) -> jax.Array:
+    before, after = (jnp.linalg.svd(x, full_matrices=False)[2] for x in module)
+    cosines = jnp.matmul(after[:k], before.T, precision=lax.Precision.HIGHEST)
+    return jnp.abs(cosines).max(-1)
 
 
 def _as_matrices(weight: jax.Array, axes: str) -> jax.Array:

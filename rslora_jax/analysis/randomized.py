@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
 
+from rslora_jax.analysis.meshes import automatic
 from rslora_jax.axes import delta_subscripts, fan_in, fan_out
 from rslora_jax.paths import AdapterError
 
@@ -92,8 +91,7 @@ def delta_svd(
             f"k={k}, oversample={oversample}, iterations={iterations}."
         )
     key = jax.random.key(0) if key is None else key
-    base, tuned = _without_explicit_axes(base), _without_explicit_axes(tuned)
-    weights = (tuned,) if base is None else (tuned, base)
+    weights = tuple(jnp.asarray(x) for x in (tuned, base) if x is not None)
     most = min(fan_in(axes, weights[0].shape), fan_out(axes, weights[0].shape))
     # Cut outside the compiled part, so that small modules compile once for every k.
     found = _delta_svd(key, weights, axes, min(k + oversample, most), iterations)
@@ -104,6 +102,10 @@ def delta_svd(
 def _delta_svd(
     key: jax.Array, weights: Weights, axes: str, width: int, iterations: Any
 ) -> DeltaSvd:
+    return automatic(partial(_search, axes, width), key, weights, iterations)
+
+
+def _search(axes: str, width: int, key: jax.Array, weights: Weights, iterations: Any) -> DeltaSvd:
     shape = weights[0].shape
     dtype = jnp.promote_types(jnp.float32, jnp.result_type(*weights))
     stack = tuple(n for letter, n in zip(axes, shape, strict=True) if letter == "b")
@@ -173,15 +175,3 @@ def _difference_norm(weights: Weights, axes: str, dtype: Any) -> jax.Array:
     change = _subtract([x.astype(dtype) for x in weights])
     summed = tuple(n for n, letter in enumerate(axes) if letter != "b")
     return jnp.sqrt((change * change).sum(summed))
-
-
-def _without_explicit_axes(weight: Any) -> Any:
-    """The same buffers under a mesh of Auto axes, where XLA may choose how products shard."""
-    sharding = getattr(weight, "sharding", None)
-    if isinstance(weight, Tracer) or not isinstance(sharding, NamedSharding):
-        return weight if weight is None else jnp.asarray(weight)
-    mesh = sharding.mesh
-    if not isinstance(mesh, Mesh) or AxisType.Explicit not in mesh.axis_types:
-        return weight
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-    return jax.device_put(weight, NamedSharding(auto, sharding.spec))

@@ -69,7 +69,8 @@ class Spectra(tuple[Spectrum, ...]):
         Columns: ``path``, ``module`` (index along the stack), ``inputs``, ``outputs``,
         ``norm``; ``relative`` (norm over that of the weight) and ``residual`` where known;
         the ranks of `effective_ranks`; ``truncated``: all but ``stable`` and the energy
-        ranks are then lower bounds, and those above k as well.
+        ranks up to k are then lower bounds. They are the ranks of the values that were
+        found, which a randomized search of a flat spectrum puts too low.
         """
         return Table.of(
             _rank_row(item.path, module, picked)

@@ -1,4 +1,4 @@
-"""Advice: which rank a task needs, from hints that are ordered by how far to trust them."""
+"""Rank advice: which rank a task needs, from hints ordered by how far to trust them."""
 
 import itertools
 import math
