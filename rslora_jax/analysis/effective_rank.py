@@ -1,8 +1,8 @@
 """Effective ranks: how many directions a spectrum has, by every definition in use.
 
-They disagree by a factor of ten on one matrix, so they are meant to be read side by side
-(`effective_ranks`). Each function takes singular values [..., k], falling, of NumPy or JAX
-(also traced), and keeps their precision. The zero matrix has rank 0 by every definition.
+They disagree by a factor of ten on one matrix: read them side by side (`effective_ranks`).
+Each takes singular values [..., k], falling, of NumPy or JAX (also traced), and keeps their
+precision. The zero matrix has rank 0 by every definition.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,7 @@ class EffectiveRanks(NamedTuple):
       entropy: exp H(s / sum s).
       entropy_energy: exp H(s^2 / sum s^2).
       participation: (sum s^2)^2 / sum s^4.
-      energy_90: the smallest rank that holds 90 % of |W|_F^2.
-      energy_95: of 95 %.
-      energy_99: of 99 %.
+      energy_90: the smallest rank that holds 90 % of |W|_F^2; so `energy_95`, `energy_99`.
       gavish_donoho: how many singular values stand above the noise.
       truncated: only the first k singular values were known. `stable` is exact all the same,
         and so are energy ranks up to k; everything else is a lower bound.
@@ -210,8 +208,7 @@ def gavish_donoho_rank(
       Integers [...].
 
     Example:
-      >>> s = np.array([9.0, 1.1, 1.0, 0.9])
-      >>> int(gavish_donoho_rank(s))
+      >>> int(gavish_donoho_rank(np.array([9.0, 1.1, 1.0, 0.9])))
       1
     """
     s = _spectrum(s, shape)
