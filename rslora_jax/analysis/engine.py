@@ -1,5 +1,6 @@
 """Engine: all runs of a sweep as one compiled program, in chunks and over devices."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -69,20 +70,16 @@ def run_all(
       AdapterError: if the loss is no scalar, the sharding has no one axis, or no run fits.
     """
     _check_loss(plan, base, batches)
-    axis, shards = _axis(sharding)
+    shards = _shards(sharding)
     started = time.perf_counter()
     records, data = runs
     draws = draw(plan, list(dict.fromkeys(run.seed for run in records)))
     one = _trace(plan, base, draws, batches, data)
     budget = divide(len(records), one.bytes, memory, shards)
     data = jax.tree.map(partial(_padded, budget.chunk * budget.rounds * shards), data)
-    program = _program(one.function, budget)
-    if sharding is not None:
-        specs = (PartitionSpec(), PartitionSpec(axis))
-        program = jax.shard_map(
-            program, mesh=sharding.mesh, in_specs=specs, out_specs=specs[1], check_vma=False
-        )
+    program = _spread(_program(one.function, budget), sharding)
     shared = [_placed(leaf, sharding) for leaf in one.shared]
+    data = data if sharding is None else jax.device_put(data, sharding)
     compiled = jax.jit(program).lower(shared, data).compile()
     compiling = time.perf_counter() - started
     results = [np.asarray(leaf)[: len(records)] for leaf in compiled(shared, data)]
@@ -133,16 +130,35 @@ def _placed(leaf: Any, sharding: NamedSharding | None) -> Any:
     return leaf if there else jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _axis(sharding: NamedSharding | None) -> tuple[Any, int]:
+def _spread(program: Callable[..., Any], sharding: NamedSharding | None) -> Callable[..., Any]:
+    """The program on every device for its own runs; other mesh axes stay as they are."""
     if sharding is None:
-        return None, 1
+        return program
+    return jax.shard_map(
+        program,
+        mesh=sharding.mesh,
+        in_specs=(PartitionSpec(), sharding.spec),
+        out_specs=sharding.spec,
+        axis_names={*_names(sharding)},
+        check_vma=False,
+    )
+
+
+def _names(sharding: NamedSharding) -> tuple[str, ...]:
+    (entry,) = sharding.spec
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _shards(sharding: NamedSharding | None) -> int:
+    """Over how many devices the runs are spread."""
+    if sharding is None:
+        return 1
     if not isinstance(sharding, NamedSharding) or len(sharding.spec) != 1 or not sharding.spec[0]:
         raise AdapterError(
             f"sharding must be NamedSharding(mesh, PartitionSpec(axis)), found {sharding!r}. "
             "Name the one mesh axis that the runs are spread over."
         )
-    names = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
-    return sharding.spec[0], int(np.prod([sharding.mesh.shape[name] for name in names]))
+    return math.prod(sharding.mesh.shape[name] for name in _names(sharding))
 
 
 def _check_loss(plan: Plan, base: Any, batches: Batches) -> None:

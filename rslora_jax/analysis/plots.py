@@ -64,6 +64,7 @@ def against_step(sweep: Sweep, quantity: str = "grad", learning_rate: float | No
             panel.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         panel.set_yscale("log", nonpositive="mask")
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0][1].set_ylabel(LABELS.get(quantity, quantity))
     panels[-1][1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -93,7 +94,7 @@ def against_rank(
     """
     rate = _rate(sweep, learning_rate)
     table = slopes(sweep, optimizer=optimizer).select(time="start", learning_rate=rate)
-    figure, panels = _panels(sweep)
+    figure, panels = _panels(sweep, height=4.6)
     ranks = list(dict.fromkeys(run.rank for run in sweep.runs))
     for scaling, panel in panels:
         for k, name in enumerate(quantities):
@@ -109,16 +110,18 @@ def against_rank(
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", nonpositive="mask")
         panel.set_xlabel("rank")
-        panel.legend(fontsize="small")
+        panel.set_xticks(ranks, [str(rank) for rank in ranks])
+        panel.minorticks_off()
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17))
     panels[0][1].set_ylabel("over its value at the smallest rank")
     return figure
 
 
-def _panels(sweep: Sweep) -> tuple[Any, list[tuple[str, Any]]]:
+def _panels(sweep: Sweep, height: float = 3.6) -> tuple[Any, list[tuple[str, Any]]]:
     """A figure without pyplot, which would keep it alive, and a panel for each scaling."""
     matplotlib = extra("matplotlib.figure", "rslora_jax[cli]", "A plot of a sweep")
     names = list(dict.fromkeys(run.scaling for run in sweep.runs))
-    figure = matplotlib.Figure(figsize=(4.2 * len(names) + 1.2, 3.6), layout="constrained")
+    figure = matplotlib.Figure(figsize=(4.2 * len(names) + 1.2, height), layout="constrained")
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for name, panel in zip(names, axes, strict=True):
         panel.set_title(name)
@@ -145,7 +148,7 @@ def _spread(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _legend(row: dict[str, Any]) -> str:
-    error = "" if row["error"] is None else f" ± {row['error']:.2f}"
+    error = "" if row["error"] is None else f" ± {row['error']:.1g}"
     found = f"{LABELS[row['quantity']]}: {row['slope']:+.2f}{error}"
     if row["low"] is None:
         return found
