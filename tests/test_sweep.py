@@ -27,7 +27,16 @@ OPTIMIZERS = {
     "adamw": lambda rate: optax.adamw(rate, weight_decay=0.3),
     "clipped": lambda rate: optax.chain(optax.clip_by_global_norm(0.05), optax.adam(rate)),
 }
+ALONE = ((2, "lora"), (2, "rslora"), (8, "rslora"))
 TARGETS = ["in", "layers"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+    """The sweep compiles by itself, so that `tests.quick` cannot help here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def model(p, x):
@@ -90,7 +99,7 @@ def alone(optimizer, rank, scaling):
 
 @functools.cache
 def references():
-    keys = [(o, r, s) for o in OPTIMIZERS for r in RANKS for s in ("lora", "rslora")]
+    keys = [(optimizer, *pair) for optimizer in OPTIMIZERS for pair in ALONE]
     trains = [alone(*key) for key in keys]
     return dict(zip(keys, quick_run(lambda: [train() for train in trains]), strict=True))
 
@@ -106,8 +115,9 @@ def test_every_run_equals_the_run_that_was_never_padded(name):
             return_factors=True,
         )
         _, _, sites, _, _ = adapted(dtype="float64")
-        assert len(sweep.runs) == 8
         for k, run in enumerate(sweep.runs):
+            if (run.rank, run.scaling) not in ALONE:
+                continue
             seed, every = SEEDS.index(run.seed), references()[name, run.rank, run.scaling]
             losses, lora = jax.tree.map(operator.itemgetter(seed), every)
             np.testing.assert_allclose(sweep.traces["loss"][k], losses, rtol=1e-12)
@@ -273,9 +283,10 @@ def test_the_trained_factors_give_the_function_that_the_run_learned():
         sweep_of(batches=[one], steps=steps, optimizer=optax.adam, return_factors=True)
         for steps in (3, 2)
     )
-    for k in range(len(longer.runs)):
-        after = loss(rl.LoraParams(base, shorter.lora(k)), one)
-        assert float(after) == pytest.approx(longer.traces["loss"][k, 2], rel=1e-5)
+    after = quick_run(
+        lambda: [loss(rl.LoraParams(base, shorter.lora(k)), one) for k in range(len(shorter.runs))]
+    )
+    np.testing.assert_allclose(after, longer.traces["loss"][:, 2], rtol=1e-5)
 
 
 # Values that are not finite, and bad input.

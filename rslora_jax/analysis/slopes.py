@@ -24,7 +24,6 @@ FAMILIES = {
     **dict.fromkeys(("sgd", "noisy_sgd"), "sgd"),
     **dict.fromkeys(("adam", "adamw", "adamax", "nadam", "nadamw", "lion", "sign_sgd"), "adam"),
     **dict.fromkeys(("amsgrad", "adabelief", "radam", "rmsprop", "adagrad"), "adam"),
-    "normalized_sgd": "normalized",
 }
 """What the theory calls an optimizer, by the name of the function that makes it."""
 
