@@ -1,7 +1,6 @@
 """Budget: how much memory one run of a sweep needs, and so how many can go side by side."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,9 @@ from rslora_jax.paths import AdapterError
 from rslora_jax.tracing import open_jaxpr
 
 __all__ = ["Budget", "available_bytes", "divide", "peak_bytes"]
+
+CACHES = 32 * 2**20
+"""Bytes that the caches of a CPU hold: more runs side by side would wait for its memory."""
 
 
 class Budget(NamedTuple):
@@ -54,7 +56,7 @@ def divide(runs: int, per_run: int, memory: int | None, shards: int = 1) -> Budg
       >>> print(divide(48, per_run=2**20, memory=10 * 2**20))
       5 x 10 runs on 1 device(s), 1.0 MiB a run of 10.0 MiB
     """
-    memory = available_bytes() if memory is None else memory
+    memory = available_bytes(per_run) if memory is None else memory
     most = int(memory // max(per_run, 1))
     if most < 1:
         raise AdapterError(
@@ -66,12 +68,10 @@ def divide(runs: int, per_run: int, memory: int | None, shards: int = 1) -> Budg
     return Budget(int(memory), per_run, math.ceil(each / rounds), rounds, shards)
 
 
-def available_bytes() -> int:
-    """Half of the memory of the first device, or of the machine where the device tells none."""
+def available_bytes(per_run: int) -> int:
+    """Half of the memory of the first device; on a CPU `CACHES`, or one run if it needs more."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(limit) // 2
+    return max(CACHES, per_run) if limit is None else int(limit) // 2
 
 
 def peak_bytes(closed: Any) -> int:

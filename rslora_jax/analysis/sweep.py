@@ -148,7 +148,8 @@ def rank_sweep(  # noqa: PLR0913 - every argument is a choice of the experiment
       dtype: of the factors, as in `LoraConfig`.
       quantities: what to record at every step, of `traces.QUANTITIES`; the loss always is.
       memory: bytes that the runs on one device may use together; what does not fit goes one
-        chunk after another. None means half of the device's memory.
+        chunk after another. None means half of the device's memory; on a CPU 32 MiB, what its
+        caches hold, or a single run.
       sharding: ``NamedSharding(mesh, PartitionSpec(axis))`` spreads the runs over that axis.
       return_factors: keep the trained factors, for `Sweep.lora`.
 
