@@ -14,6 +14,7 @@ from registers import Lesson, Prompts, shuffled
 from rslora_jax.analysis.extract import extract
 from rslora_jax.analysis.spectrum import spectrum
 from rslora_jax.analysis.sweep import Sweep, rank_sweep
+from rslora_jax.axes import fan_in, fan_out
 from rslora_jax.tables import Table
 from tiny import cross_entropy, predict, tune_fully
 
@@ -131,16 +132,18 @@ def truncate(adapted: rl.Adapted, course: Course, learning_rate: float) -> Table
     """
     base = adapted.params.base
     tuned = tune_fully(base, adapted.sites, course.batches, learning_rate)
-    full = max(min(site.shape[1:]) for site in adapted.sites)
+    full = max(min(fan_in(s.axes, s.shape), fan_out(s.axes, s.shape)) for s in adapted.sites)
     change = extract(base, tuned, adapted.sites, rank=full)
     apply = adapt(base, full, change.config.alpha).apply
     ranks = [2**n for n in range(full.bit_length())]
     kept = jnp.arange(full) < jnp.array(ranks)[:, None]
 
     def cut(keys: Any, factor: jax.Array) -> jax.Array:
-        """A column of `a` that is zero silences its row of `b`."""
-        mask = kept[:, None, None] if keys[-1].key == "a" else jnp.ones((len(ranks), 1, 1, 1))
-        return factor * mask
+        """At all ranks at once; a column of `a` that is zero silences its row of `b`."""
+        every = jnp.broadcast_to(factor, (len(ranks), *factor.shape))
+        if keys[-1].key == "b":
+            return every
+        return every * kept.reshape(len(ranks), *(1,) * (factor.ndim - 1), full)
 
     loras = jax.tree_util.tree_map_with_path(cut, change.params.lora)
     right = examine(apply, base, loras, course.lesson)

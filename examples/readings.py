@@ -163,7 +163,9 @@ def _lead(found: Curves) -> str:
 
 
 def _signed(slope: float, error: float) -> str:
-    shown = f"{slope:+.2f}" if abs(slope) >= 0.005 else "0.00"
+    if math.isnan(slope):
+        return "nan"
+    shown = "0.00" if abs(slope) < 0.005 else f"{slope:+.2f}"
     return shown if math.isnan(error) else f"{shown}±{error:.2f}"
 
 
