@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rslora_jax.decompositions import qr, svd
 from rslora_jax.sites import Site
 
 __all__ = [
@@ -126,10 +127,10 @@ def factored_svd(site: Site, factors: Factors) -> Svd:
       [12.0]
     """
     a, b = matrices(site, factors)
-    qa, ra = jnp.linalg.qr(a)
-    qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -2, -1))
+    qa, ra = qr(a)
+    qb, rb = qr(jnp.swapaxes(b, -2, -1))
     core = jnp.einsum("...ir,...jr->...ij", ra, rb, precision=HIGHEST) * _scale(site)
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    u, s, vt = svd(core)
     left = jnp.matmul(qa, u, precision=HIGHEST)
     return Svd(left, s, jnp.matmul(vt, jnp.swapaxes(qb, -2, -1), precision=HIGHEST))
 

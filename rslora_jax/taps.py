@@ -234,8 +234,8 @@ def _sketch(spec: _Spec, x: jax.Array, sketch: jax.Array, gram: jax.Array) -> li
 
 def _probe(shape: Sequence[int], dtype: Any) -> jax.Array:
     """The random directions of a sketch [i.., n]: the same in every module and every run."""
-    flat = (math.prod(shape[:-1]), shape[-1])
-    return jax.random.normal(jax.random.key(0), flat, dtype).reshape(shape)
+    flat = jax.random.normal(jax.random.key(0), (math.prod(shape),), dtype)  # compiles fastest
+    return flat.reshape(shape)
 
 
 def _wide(x: jax.Array) -> jax.Array:

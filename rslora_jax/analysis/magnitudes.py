@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rslora_jax import norms
+from rslora_jax.decompositions import eigh, svd
 from rslora_jax.sites import Site
 from rslora_jax.taps import SUMS
 
@@ -69,12 +70,12 @@ def intrinsic_dim(trace: jax.Array, taps: Mapping[str, jax.Array]) -> jax.Array:
     """
     stack, n = trace.shape, taps["sketch"].shape[-1]
     sketch = taps["sketch"].reshape(*stack, -1, n)
-    values, vectors = jnp.linalg.eigh(taps["gram"].reshape(*stack, n, n))
+    values, vectors = eigh(taps["gram"].reshape(*stack, n, n))
     known = values > 1e-5 * values[..., -1:]
     scaled = vectors * jnp.where(known, 1 / jnp.sqrt(jnp.where(known, values, 1)), 0)[..., None, :]
     half = jnp.matmul(sketch, scaled, precision=jax.lax.Precision.HIGHEST)
     square = jnp.einsum("...in,...im->...nm", half, half, precision=jax.lax.Precision.HIGHEST)
-    return trace / jnp.linalg.eigvalsh(square)[..., -1]
+    return trace / eigh(square)[0][..., -1]
 
 
 def change(site: Site, factors: Any, grads: Any, weight: Any) -> Quantities:
@@ -118,7 +119,7 @@ def captured(site: Site, factors: Any, grads: Any, weight_grad: Any) -> Quantiti
 
 def _without(matrix: jax.Array, columns: jax.Array) -> jax.Array:
     """`matrix` without its part in the span of `columns`, which may have any rank."""
-    u, s, _ = jnp.linalg.svd(columns, full_matrices=False)
+    u, s, _ = svd(columns)
     u = u * (s > 1e-6 * s[..., :1])[..., None, :]
     dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     return matrix - dot(u, dot(u.mT, matrix))

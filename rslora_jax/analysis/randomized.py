@@ -16,6 +16,7 @@ from jax import lax
 
 from rslora_jax.analysis.meshes import automatic
 from rslora_jax.axes import delta_subscripts, fan_in, fan_out
+from rslora_jax.decompositions import qr, svd
 from rslora_jax.paths import AdapterError
 
 __all__ = ["DeltaSvd", "delta_svd"]
@@ -112,7 +113,7 @@ def _search(axes: str, width: int, key: jax.Array, weights: Weights, iterations:
     sketch = (*stack, width, fan_out(axes, shape))
     # Drawn flat: XLA takes ten times as long to compile the same draw in three dimensions.
     basis = jax.random.normal(key, (math.prod(sketch),), dtype).reshape(sketch)
-    start = jnp.linalg.qr(_times(weights, axes, basis)).Q
+    start = qr(_times(weights, axes, basis))[0]
     step = partial(_power_step, weights, axes)
     left = lax.fori_loop(0, iterations, lambda _, left: step(left), start)
     u, s, vt = _thin_svd(_transposed_times(weights, axes, left))
@@ -123,8 +124,8 @@ def _search(axes: str, width: int, key: jax.Array, weights: Weights, iterations:
 
 
 def _power_step(weights: Weights, axes: str, left: jax.Array) -> jax.Array:
-    right = jnp.linalg.qr(jnp.swapaxes(_transposed_times(weights, axes, left), -2, -1)).Q
-    return jnp.linalg.qr(_times(weights, axes, jnp.swapaxes(right, -2, -1))).Q
+    right = qr(jnp.swapaxes(_transposed_times(weights, axes, left), -2, -1))[0]
+    return qr(_times(weights, axes, jnp.swapaxes(right, -2, -1)))[0]
 
 
 def _times(weights: Weights, axes: str, right: jax.Array) -> jax.Array:
@@ -166,8 +167,8 @@ def _subtract(parts: list[jax.Array]) -> jax.Array:
 
 def _thin_svd(wide: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The SVD of [b.., width, outputs] by a QR of its transpose and a width x width SVD."""
-    q, r = jnp.linalg.qr(jnp.swapaxes(wide, -2, -1))
-    u, s, vt = jnp.linalg.svd(jnp.swapaxes(r, -2, -1), full_matrices=False)
+    q, r = qr(jnp.swapaxes(wide, -2, -1))
+    u, s, vt = svd(jnp.swapaxes(r, -2, -1))
     return u, s, jnp.matmul(vt, jnp.swapaxes(q, -2, -1), precision=HIGHEST)
 
 
