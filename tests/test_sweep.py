@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import rslora_jax as rl
 from rslora_jax.analysis.batches import batches_of
 from rslora_jax.analysis.budget import divide, peak_bytes
+from rslora_jax.analysis.gradients import gradient_report
 from rslora_jax.analysis.sweep import rank_sweep
 from tests.quick import run as quick_run
 
@@ -102,6 +103,33 @@ def references():
     keys = [(optimizer, *pair) for optimizer in OPTIMIZERS for pair in ALONE]
     trains = [alone(*key) for key in keys]
     return dict(zip(keys, quick_run(lambda: [train() for train in trains]), strict=True))
+
+
+def test_activations_are_those_that_a_report_of_the_same_factors_shows():
+    names = ("output_trained", "input_grad")
+    sweep = sweep_of(
+        scalings=("lora",),
+        learning_rates=(RATE,),
+        quantities=names,
+        return_factors=True,
+        batches=[jax.tree.map(operator.itemgetter(0), adapted()[3])],
+        steps=STEPS + 1,
+    )
+    before = sweep_of(
+        scalings=("lora",),
+        learning_rates=(RATE,),
+        return_factors=True,
+        batches=[jax.tree.map(operator.itemgetter(0), adapted()[3])],
+        steps=STEPS,
+    )
+    loss, base, sites, batches, _ = adapted()
+    batch = jax.tree.map(operator.itemgetter(0), batches)
+    for run in range(len(sweep.runs)):
+        params = rl.LoraParams(base, before.lora(run))
+        report = gradient_report(loss, params, sites, batch)
+        for name, found in zip(names, ("output_rms", "input_grad_rms"), strict=True):
+            expected = float(report.means[found])
+            np.testing.assert_allclose(sweep.traces[name][run, STEPS], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -13,7 +13,8 @@ from rslora_jax.tables import Table
 
 __all__ = ["FAMILIES", "Slope", "fit", "series", "slopes"]
 
-STARTS = {"grad_b": 0, "grad_b_rms": 0, "grad_a": 1, "grad": 1, "signal": 0, "delta": 1}
+STARTS = {"grad_b": 0, "grad_b_rms": 0, "grad_a": 1, "grad": 1, "signal": 0, "delta": 1,
+          "output_trained": 1, "input_grad": 1}  # fmt: skip
 """The step at which the theory speaks of a quantity. The signal of the first step is read off
 the optimizer's own update there, -<g, u>: on the batch that the step was made for."""
 

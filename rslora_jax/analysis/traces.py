@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from rslora_jax import norms
 from rslora_jax.paths import AdapterError, lookup, nearest
 from rslora_jax.sites import Site
+from rslora_jax.taps import SUMS
 
-__all__ = ["QUANTITIES", "Moment", "check_quantities", "observe"]
+__all__ = ["ACTIVATIONS", "QUANTITIES", "Moment", "check_quantities", "observe"]
 
 Factors: TypeAlias = Mapping[str, Any]
 
@@ -26,6 +27,7 @@ class Moment(NamedTuple):
       scaled: the same with `b` multiplied by the run's scale over the site's.
       grads: the gradients of `lora`.
       updates: the optimizer's own updates of `lora`.
+      taps: ``{path: taps}`` as `taps.untap` gives them, where an activation is asked for.
       rank: the run's rank; factors are padded beyond it.
     """
 
@@ -35,6 +37,7 @@ class Moment(NamedTuple):
     scaled: Factors
     grads: Factors
     updates: Factors
+    taps: Mapping[str, Any]
     rank: jax.Array
 
     def mean(self, values: Callable[[Site], jax.Array]) -> jax.Array:
@@ -61,6 +64,23 @@ def _grad_b_rms(moment: Moment) -> jax.Array:
     return moment.mean(rms)
 
 
+def _rms(moment: Moment, name: str, count: str) -> jax.Array:
+    """The root mean square of an activation over everything that a module saw."""
+
+    def rms(site: Site) -> jax.Array:
+        sums = moment.taps[site.path]["sums"]
+        return jnp.sqrt(sums[..., SUMS.index(name)] / sums[..., SUMS.index(count)])
+
+    return moment.mean(rms)
+
+
+ACTIVATIONS: dict[str, Callable[[Moment], jax.Array]] = {
+    "output_trained": lambda moment: _rms(moment, "output_2", "outputs"),
+    "input_grad": lambda moment: _rms(moment, "input_grad_2", "input_grads"),
+}
+"""What needs taps on the activations: the root mean squares, on the step's own batch, of the
+adapters' outputs and of the gradients that they send into their inputs, means over modules."""
+
 QUANTITIES: dict[str, Callable[[Moment], jax.Array]] = {
     "loss": lambda moment: moment.loss,
     "grad_a": lambda moment: _grad_norm(moment, "a"),
@@ -80,7 +100,8 @@ modules, the others are totals. A quantity that is added here can be asked for a
 
 def observe(moment: Moment, quantities: Sequence[str]) -> dict[str, jax.Array]:
     """The quantities asked for, as scalars."""
-    return {name: QUANTITIES[name](moment) for name in quantities}
+    known = {**QUANTITIES, **ACTIVATIONS}
+    return {name: known[name](moment) for name in quantities}
 
 
 def check_quantities(quantities: Sequence[str]) -> tuple[str, ...]:
@@ -94,8 +115,9 @@ def check_quantities(quantities: Sequence[str]) -> tuple[str, ...]:
       ('loss', 'delta')
     """
     for name in quantities:
-        if name not in QUANTITIES:
+        known = (*QUANTITIES, *ACTIVATIONS)
+        if name not in known:
             raise AdapterError(
-                f"A sweep cannot record {name!r}. The nearest are {nearest(name, QUANTITIES)}."
+                f"A sweep cannot record {name!r}. The nearest are {nearest(name, known)}."
             )
     return tuple(dict.fromkeys(("loss", *quantities)))

@@ -11,11 +11,12 @@ import optax
 
 from rslora_jax.analysis.batches import Batches
 from rslora_jax.analysis.runs import RunData
-from rslora_jax.analysis.traces import Moment, observe
+from rslora_jax.analysis.traces import ACTIVATIONS, Moment, observe
 from rslora_jax.config import LoraConfig
 from rslora_jax.factors import LoraParams, init
 from rslora_jax.paths import insert, lookup
 from rslora_jax.sites import Site
+from rslora_jax.taps import tap, untap
 
 __all__ = ["Plan", "draw", "train", "with_scale"]
 
@@ -41,6 +42,11 @@ class Plan:
     config: LoraConfig
     quantities: tuple[str, ...]
     keep: bool = False
+
+    @property
+    def tapped(self) -> bool:
+        """Whether an activation is to be recorded."""
+        return not ACTIVATIONS.keys().isdisjoint(self.quantities)
 
 
 def draw(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
@@ -78,11 +84,13 @@ def train(
     def step(carry: Any, batch: Any) -> Any:
         lora, state = carry
         batch = batches.single if batches.stacked is None else batch
-        loss, grads = jax.value_and_grad(_loss(plan, base, batch, run))(lora)
+        seen = tap(lora, plan.sites) if plan.tapped else lora
+        loss, slopes = jax.value_and_grad(_loss(plan, base, batch, run))(seen)
+        grads, taps = untap(slopes, plan.sites)
         updates, state = tx.update(grads, state, lora, value=loss, grad=grads)
         updates = _masked(plan.sites, updates, run.rank)
         scaled = with_scale(plan.sites, lora, run.ratio)
-        moment = Moment(plan.sites, loss, lora, scaled, grads, updates, run.rank)
+        moment = Moment(plan.sites, loss, lora, scaled, grads, updates, taps, run.rank)
         return (optax.apply_updates(lora, updates), state), observe(moment, plan.quantities)
 
     (lora, _), seen = jax.lax.scan(step, (lora, tx.init(lora)), batches.stacked, batches.steps)
@@ -131,5 +139,5 @@ def _map(sites: Sequence[Site], lora: Any, function: Callable[..., Any]) -> dict
     tree: dict[str, Any] = {}
     for site in sites:
         factors = lookup(lora, site.path)
-        insert(tree, site.path, {name: function(site, name, factors[name]) for name in "ab"})
+        insert(tree, site.path, {name: function(site, name, factors[name]) for name in factors})
     return tree
