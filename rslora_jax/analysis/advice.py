@@ -61,7 +61,8 @@ def _sentences(sweep: Sweep, scaling: str, rows: list[dict[str, object]]) -> str
 def _judged(phrases: dict[str, str], row: dict[str, object] | None) -> str:
     if row is None or row["verdict"] == "unknown":
         return phrases["unknown"]
-    return f"{phrases[str(row['verdict'])]} (slope {row['slope']:+.2f})"
+    slope = round(float(str(row["slope"])), 2) + 0.0  # no -0.00
+    return f"{phrases[str(row['verdict'])]} (slope {slope:+.2f})"
 
 
 def _best(sweep: Sweep, scaling: str) -> str:

@@ -149,7 +149,7 @@ def _spread(values: np.ndarray) -> Iterator[np.ndarray]:
 
 def _legend(row: dict[str, Any]) -> str:
     error = "" if row["error"] is None else f" ± {row['error']:.1g}"
-    found = f"{LABELS[row['quantity']]}: {row['slope']:+.2f}{error}"
+    found = f"{LABELS[row['quantity']]}: {round(row['slope'], 2) + 0.0:+.2f}{error}"
     if row["low"] is None:
         return found
     ends = dict.fromkeys((f"{row['low']:g}", f"{row['high']:g}"))
