@@ -92,7 +92,7 @@ def training(
             value, grads = jax.value_and_grad(scaled_loss)(lora, batch)
             updates, state = tx.update(grads, state, lora)
             scaled = with_scale(sites, lora, ratios)
-            moment = Moment(sites, value, lora, scaled, grads, updates, rank)
+            moment = Moment(sites, value, lora, scaled, grads, updates, {}, rank)
             return (optax.apply_updates(lora, updates), state), observe(moment, quantities)
 
         return jax.lax.scan(step, (lora, tx.init(lora)), batches)[1]
