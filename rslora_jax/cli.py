@@ -3,17 +3,27 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import optax
+
+from rslora_jax.analysis import page
+from rslora_jax.analysis.advice import advice
+from rslora_jax.analysis.folders import compare_folders
+from rslora_jax.analysis.slopes import slopes
+from rslora_jax.analysis.spectrum_plot import plot_energy
+from rslora_jax.analysis.studies import find_study
+from rslora_jax.analysis.sweep import Sweep, rank_sweep
+from rslora_jax.analysis.traces import ACTIVATIONS, QUANTITIES
 from rslora_jax.analysis.walkthrough import draw, sections
 from rslora_jax.extras import extra
 from rslora_jax.paths import AdapterError
-from rslora_jax.tables import Table
+from rslora_jax.terminal import INSTALL, progress, show
 
-__all__ = ["COMMANDS", "main", "show", "walkthrough"]
+__all__ = ["COMMANDS", "main", "spectrum", "stability", "walkthrough"]
 
-INSTALL = "rslora_jax[cli]"
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell reports the signals
 
 DESCRIPTION = """Measure rank-stabilized LoRA: scale alpha/sqrt(r) against alpha/r.
@@ -42,8 +52,105 @@ def walkthrough(output: Path = Path("outputs/walkthrough.png")) -> None:
     print(f"figure: {output}")
 
 
+def stability(  # noqa: PLR0913, PLR0917 - every flag is a choice of the experiment
+    models: tuple[str, ...],
+    /,
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 64),
+    scalings: tuple[Literal["lora", "rslora"], ...] = ("lora", "rslora"),
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+    learning_rates: tuple[float, ...] = (1e-3,),
+    seeds: tuple[int, ...] = (0,),
+    steps: int = 10,
+    html: Path | None = None,
+    csv: Path | None = None,
+) -> None:
+    """Measure how gradients, updates and losses depend on the rank, on real models.
+
+    Trains adapters of every rank, scaling, seed and learning rate in one compilation, and
+    fits the slope of log(quantity) against log(rank): 0 is rank-stable, below it the quantity
+    collapses, above it it explodes. Beside each slope stands what the theory says.
+
+    Args:
+      models: What to train: FILE.py:FUNCTION, where FUNCTION(rank) returns (loss_fn, base,
+        sites, batches) with adapters of that rank. Try examples/models.py:tiny.
+      ranks: Ranks of the adapters, increasing.
+      scalings: lora is alpha/r, rslora is alpha/sqrt(r).
+      optimizer: The optimizer.
+      learning_rates: Learning rates, each for all ranks.
+      seeds: Seeds of the adapters: two or more give the slopes standard errors.
+      steps: Steps of training, no more than the model brings batches.
+      html: Write a page with figures, slopes and advice here; with several models, one each.
+      csv: Write every step of every run here; with several models, one file each.
+    """
+    for name in models:
+        study = find_study(name)(max(ranks, default=1))
+        sweep = rank_sweep(
+            *study,
+            steps=steps,
+            ranks=ranks,
+            scalings=scalings,
+            optimizer=getattr(optax, optimizer),
+            learning_rates=learning_rates,
+            seeds=seeds,
+            quantities=(*QUANTITIES, *ACTIVATIONS),
+        )
+        show(slopes(sweep), f"{name}: slopes of log(quantity) against log(rank)")
+        for scaling, sentences in advice(sweep).items():
+            print(f"{scaling}: {sentences}\n")
+        if sweep.failures.rows:
+            show(sweep.failures, "Runs with values that are not finite")
+        for path, write in ((html, partial(page.write, title=name)), (csv, _write_steps)):
+            if path is not None:
+                written = path if len(models) == 1 else _named(path, name)
+                written.parent.mkdir(parents=True, exist_ok=True)
+                write(written, sweep)
+                print(f"written: {written}")
+
+
+def spectrum(
+    base: Path,
+    tuned: Path,
+    /,
+    k: int = 64,
+    plot: Path = Path("outputs/spectrum.png"),
+    csv: Path | None = None,
+) -> None:
+    """Read what a full fine-tune changed: its rank, matrix by matrix.
+
+    BASE and TUNED are folders with safetensors weights of one model, before and after. The
+    matrices are read one pair at a time. Energy is the share of the squared change that the
+    best adapter of a rank can hold; it is a hint, and no measure of what the model can do.
+
+    Args:
+      base: The folder of the model before.
+      tuned: The folder of the model after.
+      k: How many singular values of each matrix.
+      plot: A figure of the energy captured by rank, a .png file.
+      csv: Write the effective ranks of every matrix here.
+    """
+    with progress("spectrum") as report:
+        found = compare_folders(base, tuned, k, progress=report)
+    show(found.energy(), "Energy captured by rank")
+    show(found.ranks(), "Effective ranks")
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    plot_energy(found, plot)
+    print(f"figure: {plot}")
+    if csv is not None:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        found.ranks().to_csv(csv)
+        print(f"written: {csv}")
+
+
+def _write_steps(path: Path, sweep: Sweep) -> None:
+    sweep.table().to_csv(path)
+
+
+def _named(path: Path, model: str) -> Path:
+    return path.with_stem(f"{path.stem}-{model.rpartition(':')[2]}")
+
+
 # To add a command, write a function with annotated arguments and put it here.
-COMMANDS = (walkthrough,)
+COMMANDS = (walkthrough, stability, spectrum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,75 +193,6 @@ def _parse_and_run(argv: Sequence[str] | None) -> None:
 def _fail(message: str, code: int) -> int:
     print(f"rslora: {message}", file=sys.stderr)
     return code
-
-
-def show(table: Table, title: str = "", note: str = "") -> None:
-    """Prints a table: ruled and fitted to a terminal's width, plain text anywhere else.
-
-    Args:
-      table: the table; floats are shown with four digits.
-      title: a line above it.
-      note: a paragraph below it.
-
-    Raises:
-      AdapterError: if the output is a terminal and rich is not installed.
-
-    Example:
-      >>> show(Table.of([{"rank": 4, "loss": 1.25}]), note="One run.")
-      rank  loss
-      4     1.25
-      <BLANKLINE>
-      One run.
-      <BLANKLINE>
-    """
-    if not sys.stdout.isatty():
-        print("\n\n".join(part for part in (title, str(table), note) if part), end="\n\n")
-        return
-    console = extra("rich.console", INSTALL, "A table on a terminal").Console(file=sys.stdout)
-    text = extra("rich.text", INSTALL, "A table on a terminal").Text
-    parts = (text(title, style="bold"), _ruled(table), text(note))
-    for part in parts:
-        if part:
-            console.print(part, highlight=False)
-    console.print()
-
-
-def _ruled(table: Table) -> Any:
-    # Text, not str: rich would read "[4.99 3.5]" as markup.
-    text = extra("rich.text", INSTALL, "A table on a terminal").Text
-    cells = [[_cell(value) for value in row] for row in table.rows]
-    made = _empty(
-        len(table.columns), has_prose=any(len(cell) > 60 for row in cells for cell in row)
-    )
-    for n, name in enumerate(table.columns):
-        # A header breaks at its spaces, so that numbers need not.
-        justify = "right" if all(_is_number(row[n]) for row in cells) else "left"
-        made.add_column(text(name.replace("_", " ")), justify=justify, overflow="fold")
-    for row in cells:
-        made.add_row(*map(text, row))
-    return made
-
-
-def _empty(columns: int, has_prose: bool) -> Any:
-    """A rich table that wastes no width: ten columns of numbers fit into 80 characters."""
-    box = extra("rich.box", INSTALL, "A table on a terminal").SIMPLE_HEAD
-    layout = {"padding": (0, 1 if columns < 10 else 0), "leading": 1 if has_prose else 0}
-    made = extra("rich.table", INSTALL, "A table on a terminal").Table
-    return made(box=box, show_edge=False, **layout)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell or 0)
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

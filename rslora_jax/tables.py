@@ -14,7 +14,7 @@ from rslora_jax.extras import extra
 from rslora_jax.files import whole_file
 from rslora_jax.paths import AdapterError, nearest
 
-__all__ = ["Table", "align"]
+__all__ = ["Table", "align", "cell"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Table:
         return self.columns.index(name)
 
     def __str__(self) -> str:
-        return "\n".join(align([self.columns, *([_cell(v) for v in row] for row in self.rows)]))
+        return "\n".join(align([self.columns, *([cell(v) for v in row] for row in self.rows)]))
 
 
 def align(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
@@ -120,7 +120,8 @@ def _plain(value: Any) -> Any:
     return np.asarray(value).item()
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as the text of a cell: floats with four digits, None as nothing."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

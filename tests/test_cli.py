@@ -5,15 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import rslora_jax as rl
-from rslora_jax import cli
+from rslora_jax import cli, terminal
+from rslora_jax.analysis.studies import find_study
+from rslora_jax.factors import init_abstract
 from rslora_jax.tables import Table
 
 SPEAKER = """
 import sys
-from rslora_jax import cli
+from rslora_jax import cli, terminal
 
 def say() -> None:
     'Speak.'
@@ -107,7 +112,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ([], "Expected one of {walkthrough}"),
+        ([], "Missing subcommand"),
         (["walk"], "walkthrough"),
         (["walkthrough", "--outptu", "a.png"], "--output PATH"),
     ],
@@ -158,17 +163,17 @@ def test_a_terminal_without_rich_says_what_to_install(monkeypatch):
     use_terminal(monkeypatch)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(rl.AdapterError, match=r"needs rich.*`pip install 'rslora_jax\[cli\]'`"):
-        cli.show(TABLE)
+        terminal.show(TABLE)
 
 
 def test_a_table_is_plain_text_where_there_is_no_terminal(capsys):
-    cli.show(TABLE, "Loss", "One run.")
+    terminal.show(TABLE, "Loss", "One run.")
     assert capsys.readouterr().out == f"Loss\n\n{TABLE}\n\nOne run.\n\n"
 
 
 def test_a_table_is_ruled_on_a_terminal(capsys, monkeypatch):
     use_terminal(monkeypatch)
-    cli.show(TABLE, "Loss", "One run.")
+    terminal.show(TABLE, "Loss", "One run.")
     title, header, rule, first, second, note, end = capsys.readouterr().out.splitlines()
     assert (title, note, end) == ("Loss", "One run.", "")
     assert header.split() == ["rank", "final", "loss", "note"]
@@ -179,18 +184,123 @@ def test_a_table_is_ruled_on_a_terminal(capsys, monkeypatch):
 
 def test_an_empty_table_is_shown_on_a_terminal_too(capsys, monkeypatch):
     use_terminal(monkeypatch)
-    cli.show(Table(("rank",)))
+    terminal.show(Table(("rank",)))
     assert "rank" in capsys.readouterr().out
 
 
 def test_no_table_of_the_walkthrough_breaks_a_number_at_80_columns(sections, capsys, monkeypatch):
     use_terminal(monkeypatch)
     for section in sections[:-1]:
-        cli.show(section.table)
+        terminal.show(section.table)
         lines = capsys.readouterr().out.splitlines()
         rule = next(n for n, line in enumerate(lines) if set(line) == {"─"})
         assert len(lines) == rule + 1 + len(section.table.rows) + 1
         assert max(map(len, lines)) <= 80
+
+
+STUDY = """
+import jax
+import numpy as np
+
+import rslora_jax as rl
+
+
+def linear(rank):
+    base = {"w": np.ones((6, 5), np.float32), "head": np.ones((5, 2), np.float32)}
+    x = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
+    config = rl.LoraConfig(rank=rank)
+    model = lambda p, x: jax.numpy.tanh(x @ p["w"]) @ p["head"]
+    _, apply, sites = rl.adapt(model, base, x, config=config, key=jax.random.key(0))
+    return lambda params, x: (apply(params, x) ** 2).mean(), base, sites, [x]
+
+
+def odd(rank):
+    return rank
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A file with a model of one matrix, and with a function that is no study."""
+    (tmp_path / "own.py").write_text(STUDY)
+    return f"{tmp_path / 'own.py'}"
+
+
+def stability(study, *flags):
+    few = ("--ranks", "1", "2", "4", "--steps", "3", "--scalings", "rslora")
+    return cli.main(["stability", study, *few, *flags])
+
+
+def test_stability_prints_slopes_and_advice_and_writes_its_files(study, tmp_path, capsys):
+    html, csv = tmp_path / "out" / "page.html", tmp_path / "out" / "steps.csv"
+    assert stability(f"{study}:linear", "--html", str(html), "--csv", str(csv)) == 0
+    out, err = capsys.readouterr()
+    assert "slopes of log(quantity) against log(rank)" in out
+    assert [line.split()[2] for line in out.splitlines() if line.startswith("rslora  ")][::2] == [
+        *("grad_b", "grad_b_rms", "grad_a", "grad", "signal", "delta"),
+        *("output_trained", "input_grad"),
+    ]
+    assert "rslora: " in out and f"written: {html}" in out and err == ""
+    assert len(csv.read_text().splitlines()) == 1 + 3 * 3
+    page = html.read_text()
+    assert page.startswith("<!doctype html>") and "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.py:linear", "There is no file 'missing.py'"),
+        ("{}:lineer", "has no function 'lineer'. The nearest are 'linear'"),
+        ("{}", "has no function ''"),
+        ("{}:odd", r"must return (loss_fn, base, sites, batches), found int"),
+    ],
+)
+def test_a_study_that_is_none_is_refused_in_one_line(study, name, message, capsys):
+    assert stability(name.format(study)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_ranks_that_do_not_increase_are_refused_in_one_line(study, capsys):
+    assert cli.main(["stability", f"{study}:linear", "--ranks", "4", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "increas" in err and err.count("\n") == 1
+
+
+def folder(path, tensors):
+    path.mkdir()
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    return str(path)
+
+
+def test_spectrum_prints_the_ranks_of_a_change_and_draws_it(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    base = {"w.weight": rng.normal(size=(12, 10)).astype(np.float32)}
+    change = np.outer(rng.normal(size=12), rng.normal(size=10)).astype(np.float32)
+    tuned = {"w.weight": base["w.weight"] + change}
+    folders = [folder(tmp_path / name, found) for name, found in (("b", base), ("t", tuned))]
+    plot, csv = tmp_path / "s.png", tmp_path / "s.csv"
+    assert cli.main(["spectrum", *folders, "--plot", str(plot), "--csv", str(csv)]) == 0
+    out = capsys.readouterr().out
+    assert "Energy captured by rank" in out and "w.weight" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    header, row = (line.split(",") for line in csv.read_text().splitlines())
+    assert float(dict(zip(header, row, strict=True))["stable"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_folders_of_different_models_are_refused_in_one_line(tmp_path, capsys):
+    one = folder(tmp_path / "b", {"w.weight": np.ones((4, 3), np.float32)})
+    other = folder(tmp_path / "t", {"w.weight": np.ones((4, 5), np.float32)})
+    assert cli.main(["spectrum", one, other]) == 2
+    err = capsys.readouterr().err
+    assert "w.weight" in err and "(4, 3)" in err and "(4, 5)" in err and err.count("\n") == 1
+
+
+def test_a_model_of_the_examples_is_a_study():
+    loss_fn, base, sites, batches = find_study("examples/models.py:llama")(4)
+    assert {site.rank for site in sites} == {4}
+    params = rl.LoraParams(base, init_abstract(sites, rl.LoraConfig(rank=4)))
+    assert jax.eval_shape(loss_fn, params, batches[0]).shape == ()
 
 
 def test_the_module_is_a_program_too():

@@ -40,11 +40,12 @@ def batches_of(batches: Any, steps: int | None = None) -> Batches:
     Args:
       batches: a list of batches, one a step; or a list with one batch, which is used at each
         of `steps` steps; or one pytree whose leaves have a leading [steps] axis.
-      steps: how many steps to take; None takes as many as there are batches.
+      steps: how many steps to take; fewer than there are batches takes the first of them,
+        None takes all.
 
     Raises:
       AdapterError: for batches of differing structures or shapes, naming the leaf; for an
-        empty list; for `steps` that do not fit.
+        empty list; for more `steps` than batches.
 
     Example:
       >>> batches_of([np.ones(3), np.ones(3)]).stacked.shape
@@ -63,7 +64,8 @@ def batches_of(batches: Any, steps: int | None = None) -> Batches:
             "Wrap a single batch in a list, [batch], to use it at each step."
         )
     (found,) = next(iter(counts.values()))
-    return Batches(_agreed(found, steps), batches, None)
+    steps = _agreed(found, steps)
+    return Batches(steps, jax.tree.map(lambda leaf: leaf[:steps], batches), None)
 
 
 def _of_list(batches: list[Any], steps: int | None) -> Batches:
@@ -74,7 +76,7 @@ def _of_list(batches: list[Any], steps: int | None) -> Batches:
     for number, batch in enumerate(batches):
         _check_alike(batches[0], batch, number)
     steps = _agreed(len(batches), steps)
-    return Batches(steps, jax.tree.map(lambda *leaves: _stack(leaves), *batches), None)
+    return Batches(steps, jax.tree.map(lambda *leaves: _stack(leaves), *batches[:steps]), None)
 
 
 def _check_steps(steps: Any) -> None:
@@ -83,12 +85,12 @@ def _check_steps(steps: Any) -> None:
 
 
 def _agreed(found: int, steps: int | None) -> int:
-    if not found or steps not in (None, found):
+    if not found or (steps or 0) > found:
         raise AdapterError(
-            f"steps is {steps}, but there are {found} batches. Leave `steps` out, or wrap a "
+            f"steps is {steps}, but there are {found} batches. Take fewer steps, or wrap a "
             "single batch in a list, [batch], to use it at each step."
         )
-    return found
+    return steps or found
 
 
 def _check_alike(first: Any, other: Any, number: int) -> None:

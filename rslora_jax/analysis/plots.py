@@ -19,6 +19,8 @@ LABELS = {
     "grad_b_rms": "rms gradient of b",
     "delta": "norm of the change of a weight",
     "signal": "predicted fall of the loss",
+    "output_trained": "rms adapter output",
+    "input_grad": "rms gradient into the input",
 }
 # Okabe & Ito's palette, made to be told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -142,9 +144,10 @@ def _rate(sweep: Sweep, learning_rate: float | None) -> float:
 def _spread(values: np.ndarray) -> Iterator[np.ndarray]:
     """The least, geometric mean and greatest over seeds (axis 0); NaN where not positive."""
     known = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-    yield known.min(0)
-    yield np.exp(np.log(known).mean(0))
-    yield known.max(0)
+    low, high = known.min(0), known.max(0)
+    yield low
+    yield np.clip(np.exp(np.log(known).mean(0)), low, high)  # rounding may leave the range
+    yield high
 
 
 def _legend(row: dict[str, Any]) -> str:
