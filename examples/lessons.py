@@ -11,9 +11,9 @@ import optax
 
 import rslora_jax as rl
 from registers import Lesson, Prompts, shuffled
-from rslora_jax.analysis.extract import extract
-from rslora_jax.analysis.spectrum import spectrum
-from rslora_jax.analysis.sweep import Sweep, rank_sweep
+from rslora_jax.analysis.spectra.extract import extract
+from rslora_jax.analysis.spectra.spectrum import spectrum
+from rslora_jax.analysis.sweeps.sweep import Sweep, rank_sweep
 from rslora_jax.axes import fan_in, fan_out
 from rslora_jax.tables import Table
 from tiny import cross_entropy, predict, tune_fully

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.theory import theory, verdict
+from rslora_jax.analysis.laws.theory import theory, verdict
 from rslora_jax.tables import Table
 
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA"}

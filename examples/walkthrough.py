@@ -1,7 +1,7 @@
 """The articles' simulation of style and facts, reproduced and corrected: run this file.
 
 The same as `rslora walkthrough`, through the library: every table is also there as numbers, for
-instance `rslora_jax.analysis.style_facts.errors().to_csv("errors.csv")`.
+instance `rslora_jax.analysis.articles.style_facts.errors().to_csv("errors.csv")`.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from rslora_jax.analysis.walkthrough import draw, sections
+from rslora_jax.analysis.articles.walkthrough import draw, sections
 
 
 def main(output: Path = Path("outputs/walkthrough.png")) -> None:

@@ -9,15 +9,15 @@ from typing import Literal
 
 import optax
 
-from rslora_jax.analysis import page
-from rslora_jax.analysis.advice import advice
-from rslora_jax.analysis.folders import compare_folders
-from rslora_jax.analysis.slopes import slopes
-from rslora_jax.analysis.spectrum_plot import plot_energy
-from rslora_jax.analysis.studies import find_study
-from rslora_jax.analysis.sweep import Sweep, rank_sweep
-from rslora_jax.analysis.traces import ACTIVATIONS, QUANTITIES
-from rslora_jax.analysis.walkthrough import draw, sections
+from rslora_jax.analysis.articles.walkthrough import draw, sections
+from rslora_jax.analysis.spectra.folders import compare_folders
+from rslora_jax.analysis.spectra.spectrum_plot import plot_energy
+from rslora_jax.analysis.sweeps import page
+from rslora_jax.analysis.sweeps.advice import advice
+from rslora_jax.analysis.sweeps.slopes import slopes
+from rslora_jax.analysis.sweeps.studies import find_study
+from rslora_jax.analysis.sweeps.sweep import Sweep, rank_sweep
+from rslora_jax.analysis.sweeps.traces import ACTIVATIONS, QUANTITIES
 from rslora_jax.extras import extra
 from rslora_jax.paths import AdapterError
 from rslora_jax.terminal import INSTALL, progress, show

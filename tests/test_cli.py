@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import rslora_jax as rl
 from rslora_jax import cli, terminal
-from rslora_jax.analysis.studies import find_study
+from rslora_jax.analysis.sweeps.studies import find_study
 from rslora_jax.factors import init_abstract
 from rslora_jax.tables import Table
 

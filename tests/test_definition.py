@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis import random_adapters
-from rslora_jax.analysis.definition import definition_check, definition_slopes
-from rslora_jax.analysis.theory import theory
+from rslora_jax.analysis.laws import random_adapters
+from rslora_jax.analysis.laws.definition import definition_check, definition_slopes
+from rslora_jax.analysis.laws.theory import theory
 from rslora_jax.tables import Table
 
 RANKS, N = (4, 8, 16, 32, 64), 512
@@ -61,7 +61,7 @@ def test_one_step_on_the_trained_input_has_the_size_of_its_closed_form():
 
 
 def data():
-    from rslora_jax.analysis.definition import _data
+    from rslora_jax.analysis.laws.definition import _data
 
     return _data(jax.random.split(jax.random.key(0))[1], N)
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis.effective_rank import (
+from rslora_jax.analysis.spectra.effective_rank import (
     effective_ranks,
     energy_by_rank,
     energy_rank,
     gavish_donoho_rank,
     participation_rank,
 )
-from rslora_jax.analysis.gavish_donoho import gavish_donoho_threshold
+from rslora_jax.analysis.spectra.gavish_donoho import gavish_donoho_threshold
 
 
 def seed_matrices():

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
-from rslora_jax.analysis.allocate import allocate_ranks, parameters_per_rank
-from rslora_jax.analysis.extract import extract
-from rslora_jax.analysis.spectrum import Spectra, Spectrum, delta_spectrum
+from rslora_jax.analysis.spectra.allocate import allocate_ranks, parameters_per_rank
+from rslora_jax.analysis.spectra.extract import extract
+from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum, delta_spectrum
 from rslora_jax.axes import delta_subscripts
 from tests import quick
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis.hparams import LR_REGIMES, Hparams, equivalent_hparams, lr_for_rank
+from rslora_jax.analysis.laws.hparams import LR_REGIMES, Hparams, equivalent_hparams, lr_for_rank
 from tests.quick import compiled
 
 RANK, STEPS = 6, 30

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
-from rslora_jax.analysis.intruders import chance_cosine, intruders
+from rslora_jax.analysis.spectra.intruders import chance_cosine, intruders
 
 RNG = np.random.default_rng(0)
 Q, P = (np.linalg.qr(RNG.normal(size=(40, 40)))[0] for _ in range(2))

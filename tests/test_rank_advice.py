@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis.bits import Bits, bits_rank
-from rslora_jax.analysis.rank_advice import advise_rank
+from rslora_jax.analysis.spectra.bits import Bits, bits_rank
+from rslora_jax.analysis.spectra.rank_advice import advise_rank
 
 RNG = np.random.default_rng(0)
 U, V = (np.linalg.qr(RNG.normal(size=(12, 12)))[0] for _ in range(2))

@@ -11,13 +11,13 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 import rslora_jax as rl
-from rslora_jax.analysis import page
-from rslora_jax.analysis.advice import advice
-from rslora_jax.analysis.budget import Budget
-from rslora_jax.analysis.plots import against_rank, against_step
-from rslora_jax.analysis.runs import grid
-from rslora_jax.analysis.slopes import FAMILIES, series, slopes
-from rslora_jax.analysis.sweep import Sweep
+from rslora_jax.analysis.sweeps import page
+from rslora_jax.analysis.sweeps.advice import advice
+from rslora_jax.analysis.sweeps.budget import Budget
+from rslora_jax.analysis.sweeps.plots import against_rank, against_step
+from rslora_jax.analysis.sweeps.runs import grid
+from rslora_jax.analysis.sweeps.slopes import FAMILIES, series, slopes
+from rslora_jax.analysis.sweeps.sweep import Sweep
 
 RANKS = (2, 4, 16, 64)
 

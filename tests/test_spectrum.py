@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
-from rslora_jax.analysis.pairs import pairs, unpaired
-from rslora_jax.analysis.randomized import delta_svd
-from rslora_jax.analysis.spectrum import delta_spectrum, spectrum
+from rslora_jax.analysis.spectra.pairs import pairs, unpaired
+from rslora_jax.analysis.spectra.randomized import delta_svd
+from rslora_jax.analysis.spectra.spectrum import delta_spectrum, spectrum
 from rslora_jax.factors import delta
 
 P = PartitionSpec

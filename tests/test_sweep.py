@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rslora_jax as rl
-from rslora_jax.analysis.batches import batches_of
-from rslora_jax.analysis.budget import divide, peak_bytes
 from rslora_jax.analysis.gradients import gradient_report
-from rslora_jax.analysis.sweep import rank_sweep
+from rslora_jax.analysis.sweeps.batches import batches_of
+from rslora_jax.analysis.sweeps.budget import divide, peak_bytes
+from rslora_jax.analysis.sweeps.sweep import rank_sweep
 from tests.quick import run as quick_run
 
 RANKS = (2, 8)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis.closed_forms import (
+from rslora_jax.analysis.laws.closed_forms import (
     adam_first_step,
     crossover_rank,
     grad_b_square,
     reconstruction_error,
     sgd_first_step,
 )
-from rslora_jax.analysis.theory import (
+from rslora_jax.analysis.laws.theory import (
     LAWS,
     QUANTITIES,
     Exponent,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis import walkthrough
-from rslora_jax.analysis.articles import claims
-from rslora_jax.analysis.first_steps import first_steps
-from rslora_jax.analysis.style_facts import (
+from rslora_jax.analysis.articles import walkthrough
+from rslora_jax.analysis.articles.claims import claims
+from rslora_jax.analysis.articles.first_steps import first_steps
+from rslora_jax.analysis.articles.style_facts import (
     error_table,
     errors,
     rank_table,

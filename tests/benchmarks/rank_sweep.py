@@ -34,9 +34,9 @@ import numpy as np
 import optax
 
 import rslora_jax as rl
-from rslora_jax.analysis.sweep import rank_sweep
-from rslora_jax.analysis.traces import QUANTITIES, Moment, observe
-from rslora_jax.analysis.training import with_scale
+from rslora_jax.analysis.sweeps.sweep import rank_sweep
+from rslora_jax.analysis.sweeps.traces import QUANTITIES, Moment, observe
+from rslora_jax.analysis.sweeps.training import with_scale
 from rslora_jax.tables import Table
 from tests.benchmarks.step_cost import Size, cross_entropy, forward, model, plain
 

@@ -12,10 +12,10 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rslora_jax.analysis.batches import Batches
-from rslora_jax.analysis.budget import Budget, divide, peak_bytes
-from rslora_jax.analysis.runs import Run, RunData
-from rslora_jax.analysis.training import Plan, draw, train
+from rslora_jax.analysis.sweeps.batches import Batches
+from rslora_jax.analysis.sweeps.budget import Budget, divide, peak_bytes
+from rslora_jax.analysis.sweeps.runs import Run, RunData
+from rslora_jax.analysis.sweeps.training import Plan, draw, train
 from rslora_jax.factors import LoraParams, init_abstract
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import is_array

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.articles import claims
-from rslora_jax.analysis.first_steps import first_steps
-from rslora_jax.analysis.style_facts import (
+from rslora_jax.analysis.articles.claims import claims
+from rslora_jax.analysis.articles.first_steps import first_steps
+from rslora_jax.analysis.articles.style_facts import (
     energy_table,
     error_table,
     errors,
@@ -101,7 +101,7 @@ _WIDTHS = (
 )
 _RANKS = (
     "Definitions of the rank of a spectrum disagree by up to ten times on one matrix: see "
-    "rslora_jax.analysis.effective_rank."
+    "rslora_jax.analysis.spectra.effective_rank."
 )
 _STEPS = (
     "A linear layer of 1024 x 16, b = 0, one step; sizes over those at rank 4. grad_b is the norm "

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rslora_jax.analysis.meshes import automatic
+from rslora_jax.analysis.spectra.meshes import automatic
 from rslora_jax.axes import delta_subscripts, fan_in, fan_out
 from rslora_jax.decompositions import qr, svd
 from rslora_jax.paths import AdapterError

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.analysis.theory import theory, verdict
+from rslora_jax.analysis.laws.theory import theory, verdict
 from rslora_jax.config import scale
 from rslora_jax.paths import AdapterError
 from rslora_jax.tables import Table

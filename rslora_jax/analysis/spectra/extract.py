@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.analysis.effective_rank import energy_rank
-from rslora_jax.analysis.pairs import Pair, pairs, unpaired
-from rslora_jax.analysis.randomized import DeltaSvd, delta_svd
+from rslora_jax.analysis.spectra.effective_rank import energy_rank
+from rslora_jax.analysis.spectra.pairs import Pair, pairs, unpaired
+from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.config import LoraConfig, Rule
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError, insert

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from rslora_jax.analysis.batches import batches_of
-from rslora_jax.analysis.budget import Budget
-from rslora_jax.analysis.engine import run_all
-from rslora_jax.analysis.runs import Run, Scaling, grid, run_data
-from rslora_jax.analysis.traces import QUANTITIES, check_quantities
-from rslora_jax.analysis.training import Plan
+from rslora_jax.analysis.sweeps.batches import batches_of
+from rslora_jax.analysis.sweeps.budget import Budget
+from rslora_jax.analysis.sweeps.engine import run_all
+from rslora_jax.analysis.sweeps.runs import Run, Scaling, grid, run_data
+from rslora_jax.analysis.sweeps.traces import QUANTITIES, check_quantities
+from rslora_jax.analysis.sweeps.training import Plan
 from rslora_jax.config import LoraConfig
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError

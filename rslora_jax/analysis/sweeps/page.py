@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from rslora_jax.analysis.advice import advice
-from rslora_jax.analysis.plots import against_rank, against_step
-from rslora_jax.analysis.slopes import STARTS, slopes
-from rslora_jax.analysis.sweep import Sweep
+from rslora_jax.analysis.sweeps.advice import advice
+from rslora_jax.analysis.sweeps.plots import against_rank, against_step
+from rslora_jax.analysis.sweeps.slopes import STARTS, slopes
+from rslora_jax.analysis.sweeps.sweep import Sweep
 from rslora_jax.extras import extra
 from rslora_jax.files import whole_file
 from rslora_jax.tables import Table
@@ -59,8 +59,8 @@ def write(
     Example:
       >>> import tempfile, numpy as np
       >>> from pathlib import Path
-      >>> from rslora_jax.analysis.budget import Budget
-      >>> from rslora_jax.analysis.runs import grid
+      >>> from rslora_jax.analysis.sweeps.budget import Budget
+      >>> from rslora_jax.analysis.sweeps.runs import grid
       >>> runs = grid((4, 16), ("lora",), (0,), (0.1,))
       >>> sweep = Sweep(runs, {"loss": np.ones((2, 3))}, Budget(0, 0, 2, 1, 1), {}, "sgd", "normal")
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rslora_jax.analysis.pairs import pairs
-from rslora_jax.analysis.randomized import DeltaSvd, delta_svd
+from rslora_jax.analysis.spectra.pairs import pairs
+from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.axes import delta_subscripts, factor_shapes
 from rslora_jax.factors import LoraParams, factors_of
 from rslora_jax.norms import factored_svd

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from rslora_jax.analysis.slopes import slopes
-from rslora_jax.analysis.sweep import Sweep
+from rslora_jax.analysis.sweeps.slopes import slopes
+from rslora_jax.analysis.sweeps.sweep import Sweep
 
 __all__ = ["advice"]
 
@@ -36,8 +36,8 @@ def advice(sweep: Sweep, optimizer: str | None = None) -> dict[str, str]:
       ``{scaling: sentences}``.
 
     Example:
-      >>> from rslora_jax.analysis.budget import Budget
-      >>> from rslora_jax.analysis.runs import grid
+      >>> from rslora_jax.analysis.sweeps.budget import Budget
+      >>> from rslora_jax.analysis.sweeps.runs import grid
       >>> runs = grid((4, 16), ("rslora",), (0,), (0.1,))
       >>> seen = {"loss": np.ones((2, 2)), "grad": np.ones((2, 2))}
       >>> sweep = Sweep(runs, seen, Budget(0, 0, 2, 1, 1), {}, "sgd", "kaiming")

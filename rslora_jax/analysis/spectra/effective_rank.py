@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.analysis.gavish_donoho import gavish_donoho_threshold
+from rslora_jax.analysis.spectra.gavish_donoho import gavish_donoho_threshold
 from rslora_jax.paths import AdapterError
 
 __all__ = [

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.exponents import SCALINGS, Exponent, verdict
-from rslora_jax.analysis.sweep import Sweep
-from rslora_jax.analysis.theory import theory
+from rslora_jax.analysis.laws.exponents import SCALINGS, Exponent, verdict
+from rslora_jax.analysis.laws.theory import theory
+from rslora_jax.analysis.sweeps.sweep import Sweep
 from rslora_jax.paths import AdapterError
 from rslora_jax.tables import Table
 
@@ -70,8 +70,8 @@ def slopes(
       AdapterError: for a sweep of a single rank, or an optimizer the theory does not know.
 
     Example:
-      >>> from rslora_jax.analysis.budget import Budget
-      >>> from rslora_jax.analysis.runs import grid
+      >>> from rslora_jax.analysis.sweeps.budget import Budget
+      >>> from rslora_jax.analysis.sweeps.runs import grid
       >>> runs = grid((4, 16), ("lora",), (0,), (0.1,))
       >>> seen = {"loss": np.ones((2, 1)), "grad_b": np.array([[1.0], [0.5]])}
       >>> sweep = Sweep(runs, seen, Budget(0, 0, 2, 1, 1), {}, "sgd", "kaiming")

@@ -20,15 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.analysis.exponents import INITS, SCALINGS, Exponent, named_exponent, verdict
-from rslora_jax.analysis.random_adapters import (
+from rslora_jax.analysis.laws.exponents import INITS, SCALINGS, Exponent, named_exponent, verdict
+from rslora_jax.analysis.laws.random_adapters import (
     OPTIMIZERS,
     Cases,
     Data,
     Setting,
     outputs_and_gradients,
 )
-from rslora_jax.analysis.theory import theory
+from rslora_jax.analysis.laws.theory import theory
 from rslora_jax.config import scale
 from rslora_jax.paths import AdapterError
 from rslora_jax.tables import Table

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.closed_forms import reconstruction_error
-from rslora_jax.analysis.effective_rank import effective_ranks, energy_by_rank
+from rslora_jax.analysis.laws.closed_forms import reconstruction_error
+from rslora_jax.analysis.spectra.effective_rank import effective_ranks, energy_by_rank
 from rslora_jax.config import scale
 from rslora_jax.tables import Table
 

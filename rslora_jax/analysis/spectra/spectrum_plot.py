@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.analysis.effective_rank import energy_by_rank
-from rslora_jax.analysis.spectrum import Spectra
+from rslora_jax.analysis.spectra.effective_rank import energy_by_rank
+from rslora_jax.analysis.spectra.spectrum import Spectra
 from rslora_jax.extras import extra
 from rslora_jax.files import whole_file
 from rslora_jax.paths import AdapterError
@@ -40,7 +40,7 @@ def energy_figure(spectra: Spectra) -> Any:
 
     Example:
       >>> import numpy as np
-      >>> from rslora_jax.analysis.spectrum import Spectra, Spectrum
+      >>> from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum
       >>> one = Spectrum("w", (8, 8), np.array([2.0, 1.0]), np.array(5**0.5))
       >>> len(energy_figure(Spectra([one])).axes[0].lines)
       2

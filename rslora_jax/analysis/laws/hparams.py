@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
-from rslora_jax.analysis.exponents import SCALINGS, named_exponent
+from rslora_jax.analysis.laws.exponents import SCALINGS, named_exponent
 from rslora_jax.config import scale
 from rslora_jax.paths import AdapterError
 

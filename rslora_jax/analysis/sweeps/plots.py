@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.analysis.slopes import STARTS, series, slopes
-from rslora_jax.analysis.sweep import Sweep
+from rslora_jax.analysis.sweeps.slopes import STARTS, series, slopes
+from rslora_jax.analysis.sweeps.sweep import Sweep
 from rslora_jax.extras import extra
 
 __all__ = ["against_rank", "against_step"]
@@ -44,8 +44,8 @@ def against_step(sweep: Sweep, quantity: str = "grad", learning_rate: float | No
       AdapterError: if matplotlib is not installed, or the quantity was not recorded.
 
     Example:
-      >>> from rslora_jax.analysis.budget import Budget
-      >>> from rslora_jax.analysis.runs import grid
+      >>> from rslora_jax.analysis.sweeps.budget import Budget
+      >>> from rslora_jax.analysis.sweeps.runs import grid
       >>> runs = grid((4, 16), ("lora", "rslora"), (0,), (0.1,))
       >>> sweep = Sweep(runs, {"loss": np.ones((4, 3))}, Budget(0, 0, 4, 1, 1), {}, "sgd", "normal")
       >>> [panel.get_title() for panel in against_step(sweep, "loss").axes]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.analysis.effective_rank import effective_ranks, energy_by_rank
-from rslora_jax.analysis.pairs import Pair, pairs
-from rslora_jax.analysis.randomized import delta_svd
+from rslora_jax.analysis.spectra.effective_rank import effective_ranks, energy_by_rank
+from rslora_jax.analysis.spectra.pairs import Pair, pairs
+from rslora_jax.analysis.spectra.randomized import delta_svd
 from rslora_jax.axes import fan_in, fan_out
 from rslora_jax.factors import LoraParams, factors_of
 from rslora_jax.norms import factored_svd

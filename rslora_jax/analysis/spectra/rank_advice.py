@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.analysis.bits import Bits, bits_rank
-from rslora_jax.analysis.effective_rank import EffectiveRanks, effective_ranks
-from rslora_jax.analysis.randomized import delta_svd
-from rslora_jax.analysis.truncation import Change, Losses, changes, truncated_losses
+from rslora_jax.analysis.spectra.bits import Bits, bits_rank
+from rslora_jax.analysis.spectra.effective_rank import EffectiveRanks, effective_ranks
+from rslora_jax.analysis.spectra.randomized import delta_svd
+from rslora_jax.analysis.spectra.truncation import Change, Losses, changes, truncated_losses
 from rslora_jax.axes import fan_in, fan_out
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.sites import Site

@@ -51,7 +51,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from rslora_jax.analysis.exponents import (
+from rslora_jax.analysis.laws.exponents import (
     INITS,
     SCALINGS,
     Exponent,

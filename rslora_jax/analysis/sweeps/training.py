@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rslora_jax.analysis.batches import Batches
-from rslora_jax.analysis.runs import RunData
-from rslora_jax.analysis.traces import ACTIVATIONS, Moment, observe
+from rslora_jax.analysis.sweeps.batches import Batches
+from rslora_jax.analysis.sweeps.runs import RunData
+from rslora_jax.analysis.sweeps.traces import ACTIVATIONS, Moment, observe
 from rslora_jax.config import LoraConfig
 from rslora_jax.factors import LoraParams, init
 from rslora_jax.paths import insert, lookup

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.pairs import Pair
-from rslora_jax.analysis.spectrum import Spectra, pair_spectrum
+from rslora_jax.analysis.spectra.pairs import Pair
+from rslora_jax.analysis.spectra.spectrum import Spectra, pair_spectrum
 from rslora_jax.extras import extra
 from rslora_jax.paths import AdapterError
 

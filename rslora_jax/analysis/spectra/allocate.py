@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rslora_jax.analysis.spectrum import Spectra, Spectrum
+from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum
 from rslora_jax.config import Rule
 from rslora_jax.paths import AdapterError
 

@@ -1,0 +1,1 @@
+"""Articles: the popular simulation of style and facts, reproduced and corrected."""

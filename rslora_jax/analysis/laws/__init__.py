@@ -1,0 +1,1 @@
+"""Laws: what the theory says of magnitudes and ranks, as numbers to compare with."""

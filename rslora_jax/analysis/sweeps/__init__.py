@@ -1,0 +1,1 @@
+"""Sweeps: many ranks trained at once, and what their slopes mean."""
