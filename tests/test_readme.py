@@ -16,10 +16,12 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_example_prints_the_output_that_the_readme_shows(
+@pytest.mark.parametrize("title", ["Example", "Measuring rank stability"])
+def test_the_first_example_of_a_section_prints_the_output_that_the_readme_shows(
+    title: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    [code], [output] = blocks(section("Example"), "python"), blocks(section("Example"), "text")
+    code, output = (blocks(section(title), language)[0] for language in ("python", "text"))
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == output
 
