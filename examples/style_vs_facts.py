@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as Grid
 
@@ -177,11 +178,11 @@ def show(console: Console, findings: Findings, options: Options) -> None:
     """Prints the tables, and below them the sentences."""
     plain, styled = findings.known
     console.print(f"pretrained: {plain:.0%} of the facts plainly, {styled:.0%} in style")
-    spread = f"mean ± standard deviation over {len(options.seeds)} seeds"
+    spread = f"mean ± deviation, {len(options.seeds)} seeds"
     titles = {
-        "accuracy": f"Accuracy in percent, {spread}",
-        "onset": f"|grad| at the first step, {spread}",
-        "late": f"|grad|, median of the last fifth of the steps, {spread}",
+        "accuracy": f"Accuracy in percent; {spread}",
+        "onset": f"|grad| at the first step; {spread}",
+        "late": f"|grad|, median of the last fifth of the steps; {spread}",
     }
     for quantity, title in titles.items():
         console.print(by_rank(findings.runs, quantity, title))
@@ -193,9 +194,11 @@ def show(console: Console, findings: Findings, options: Options) -> None:
 def by_rank(runs: Table, quantity: str, title: str) -> Grid:
     """A row for each lesson, optimizer and scaling, a column for each rank."""
     ranks = sorted(set(runs.column("rank")))
-    grid = Grid("", "", "", *(f"r={rank}" for rank in ranks), title=title, title_justify="left")
+    grid = grid_of(title, ["", "", "", *(f"r={rank}" for rank in ranks)])
+    # No optimizer has moved anything at the first step.
+    optimizers = {"adam": "either"} if quantity == "onset" else TITLES
     for lesson, asked in ASKED.items():
-        for optimizer, name in TITLES.items():
+        for optimizer, name in optimizers.items():
             for scaling, curve in curves(runs, lesson, optimizer, quantity).items():
                 what = asked if quantity == "accuracy" else lesson
                 grid.add_row(what, name, NAMES[scaling], *cells(curve, quantity == "accuracy"))
@@ -203,26 +206,32 @@ def by_rank(runs: Table, quantity: str, title: str) -> Grid:
     return grid
 
 
+def grid_of(title: str, head: list[str]) -> Grid:
+    """An empty table, narrow enough for 80 columns."""
+    style = {"box": SIMPLE, "pad_edge": False, "padding": (0, 1, 0, 0), "title_justify": "left"}
+    return Grid(*head, title=title, **style)
+
+
 def cells(curve: Curve, percent: bool) -> list[str]:
     """The mean with its spread, at each rank."""
     pairs = zip(curve.mean, curve.spread, strict=True)
     if percent:
-        return [f"{100 * mean:.1f} ±{100 * spread:.1f}" for mean, spread in pairs]
-    return [f"{mean:.3g} ±{spread:.1g}" for mean, spread in pairs]
+        return [f"{100 * mean:.0f}±{100 * spread:.0f}" for mean, spread in pairs]
+    return [f"{mean:.2g}±{spread:.1g}" for mean, spread in pairs]
 
 
 def by_truncation(truncated: dict[str, Table]) -> Grid:
     """Function beside energy, by rank."""
-    ranks = [str(rank) for rank in truncated["facts"].column("rank")]
+    ranks = truncated["facts"].column("rank")
     title = "Full tuning with Adam, its change cut to rank r: percent"
-    grid = Grid("", "", *(f"r={rank}" for rank in ranks), title=title, title_justify="left")
+    grid = grid_of(title, ["", "", *(f"r={rank}" for rank in ranks)])
     for lesson, table in truncated.items():
         rows = {"accuracy": ASKED[lesson], "taught": f"{lesson}, taught", "energy": lesson}
         for quantity, what in rows.items():
             if quantity == "taught" and lesson == "facts":
                 continue  # all that is taught is asked
             kind = "energy" if quantity == "energy" else "accuracy"
-            grid.add_row(what, kind, *(f"{100 * v:.1f}" for v in table.column(quantity)))
+            grid.add_row(what, kind, *(f"{100 * v:.0f}" for v in table.column(quantity)))
         grid.add_section()
     return grid
 
