@@ -43,6 +43,7 @@ QUANTITIES = {
     "grad": "|grad|: mean over the matrices of the norms of the gradients of A and of B",
     "grad_b": "|grad B|: the same, of the gradient of B alone",
     "signal": "-<grad, update>: by how much Adam's own first update should lower the loss",
+    "loss": "loss of each step's facts, in nats per token",
 }
 
 
@@ -134,12 +135,14 @@ def table(seen: Table, name: str) -> list[list[str]]:
     columns = [(scaling, step) for step in steps for scaling in SCALINGS]
     ranks = sorted(set(seen.column("rank")))
     values = np.array([[value(seen, rank, name, *column) for column in columns] for rank in ranks])
-    return [
+    rows = [
         ["rank", *(f"{SCALINGS[scaling]}, step {step + 1}" for scaling, step in columns)],
         *([str(rank), *map("{:.3g}".format, row)] for rank, row in zip(ranks, values, strict=True)),
-        ["slope", *(slope(ranks, column) for column in values.T)],
-        ["theory", *(str(theory(s, "adam")[name]) for s, _ in columns)],
     ]
+    if name == "loss":
+        return rows  # no power of the rank
+    laws = ["theory", *(str(theory(s, "adam")[name]) for s, _ in columns)]
+    return [*rows, ["slope", *(slope(ranks, column) for column in values.T)], laws]
 
 
 def value(seen: Table, rank: int, name: str, scaling: str, step: int) -> float:
