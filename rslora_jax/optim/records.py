@@ -113,11 +113,18 @@ def _factors(tree: Any, sites: Sequence[Site]) -> dict[str, dict[str, Any]]:
 
 def _row(site: Site, factors: Any, grads: Any, updates: Any) -> jax.Array:
     """The quantities of one step, in their order: [b.., len(QUANTITIES)]."""
-    sizes, moves = norms.factor_norm(site, grads), norms.factor_norm(site, updates)
-    change = norms.inner(site, grads, updates)
-    signal = -norms.inner(site, factors, grads)["b"]
-    row = (*(sizes[n] for n in "ab"), *(moves[n] for n in "ab"), signal, change["a"] + change["b"])
-    return jnp.stack(row, -1).astype(jnp.float32)
+    every = zip(*(norms.matrices(site, tree) for tree in (grads, updates, factors)), strict=True)
+    a, b = (_sums_of_products(*three) for three in every)
+    sizes = [jnp.sqrt(found[k]) for k in (0, 1) for found in (a, b)]
+    return jnp.stack([*sizes, -b[3], a[2] + b[2]], -1).astype(jnp.float32)
+
+
+def _sums_of_products(g: jax.Array, u: jax.Array, p: jax.Array) -> Sequence[jax.Array]:
+    """Sums over a matrix of g g, u u, g u and p g, in one pass over the memory."""
+    products = (g * g, u * u, g * u, p * g)
+    zeros = tuple(jnp.zeros((), product.dtype) for product in products)
+    axes = (g.ndim - 2, g.ndim - 1)
+    return jax.lax.reduce(products, zeros, lambda x, y: tuple(map(jnp.add, x, y)), axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from rslora_jax.analysis.sweeps.training import with_scale
 from rslora_jax.tables import Table
 from tests.benchmarks.step_cost import Size, cross_entropy, forward, model, plain
 
-RANKS = (1, 2, 4, 8, 16, 32, 48, 64)
+RANKS = (1, 2, 4, 8, 12, 16, 24, 32)
 SCALINGS = ("lora", "rslora")
 SEEDS = (0, 1, 2)
 STEPS = 50
