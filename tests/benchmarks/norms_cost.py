@@ -3,7 +3,7 @@
 A small transformer (that of `step_cost.py`) is trained with Adam, once plainly, once with
 `rl.optim.record_norms` around Adam, and beside them stands one `gradient_report`:
 
-    python tests/benchmarks/norms_cost.py [--loop scanned] [--rank 16]
+    PYTHONPATH=. python tests/benchmarks/norms_cost.py [--loop scanned] [--rank 16]
 
 FLOPs and temporary bytes are XLA's own of the compiled programs, times are medians over
 rounds of the ratio within a round. Every step is given its state back, as in training.
