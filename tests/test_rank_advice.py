@@ -80,6 +80,34 @@ def test_an_adapter_is_read_without_its_merged_weights():
     np.testing.assert_allclose(found.losses.column("loss")[-1], 0.5 * 8e-4, atol=1e-4)
 
 
+def test_a_spectrum_that_is_cut_gives_a_lower_bound_also_where_the_search_saw_it_all():
+    # The sketch has 12 columns: nothing remains unseen, but only 2 of 4 values are kept.
+    u, v = (np.linalg.qr(np.random.default_rng(k).normal(size=(12, 12)))[0] for k in (1, 9))
+    base = {"w": np.zeros((12, 12), "float32")}
+    tuned = {"w": ((u[:, :4] * 2.0 ** np.arange(2, -2, -1)) @ v[:4]).astype("float32")}
+    tuned["w"] += 2 * np.outer(u[:, 4], v[4]).astype("float32")
+    found = advise(
+        base=base,
+        tuned=tuned,
+        loss_fn=lambda tree, _: 0.5 * ((tree["w"] - tuned["w"]) ** 2).sum(),
+        ranks=(1, 2),
+    )
+    hints = {row["hint"]: row for row in found.table.records()}
+    for name in ("90 % of the energy", "above the noise", "90 % of the gradient"):
+        assert hints[name]["why"].startswith("at least; ")
+    # 20 of 25.25 is below 90 %, whatever the two kept values hold of each other.
+    assert hints["90 % of the energy"]["rank"] == hints["90 % of the gradient"]["rank"] == 3
+
+
+def test_a_spectrum_that_is_known_whole_is_no_lower_bound():
+    whole = advise(ranks=(1, 12))
+    site = rl.Site("w", "io", (12, 12), "float32", rank=2, alpha=1.0, scale=1.0)
+    lora = {"w": {"a": jnp.asarray(U[:, :2] * S[:2]), "b": jnp.asarray(V[:, :2].T)}}
+    exact = advise(tuned=rl.LoraParams(BASE, lora), sites=[site], ranks=(1, 12))
+    for found in (whole, exact):
+        assert not any("at least" in why for why in found.table.column("why"))
+
+
 def test_stacked_weights_share_one_rank():
     base = {"w": np.zeros((2, 12, 12), "float32")}
     tuned = {"w": np.stack([(U * S) @ V.T, 2 * V @ U.T]).astype("float32")}

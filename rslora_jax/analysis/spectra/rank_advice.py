@@ -133,7 +133,7 @@ def _bits_hint(bits: Bits | None, found: Sequence[Change]) -> dict[str, Any]:
 
 
 def _energy_hints(found: Sequence[Change]) -> list[dict[str, Any]]:
-    every = [_ranks_of(c.svd, c.axes, c.shape) for c in found]
+    every = [_ranks_of(change) for change in found]
     energy, above = _median(every, "energy_90"), _median(every, "gavish_donoho")
     why = "the median over modules; hardly tells tasks apart in full fine-tunes"
     why = _least(every) + why
@@ -151,9 +151,7 @@ def _gradient_hint(
     k: int,
 ) -> dict[str, Any]:
     gradients = _mean_gradient(loss_fn, base, [change.path for change in found], batches)
-    every = [
-        _ranks_of(delta_svd(None, gradients[c.path], c.axes, k), c.axes, c.shape) for c in found
-    ]
+    every = [_ranks_of(_gradient_change(c, gradients[c.path], k)) for c in found]
     why = "the first gradient looks low-rank for any task: choose no rank by it"
     row = {"hint": "90 % of the gradient", "rank": _median(every, "energy_90")}
     return {**row, "trust": "very low", "why": _least(every) + why}
@@ -179,11 +177,18 @@ def _mean_gradient(
     return total
 
 
-def _ranks_of(svd: Any, axes: str, shape: tuple[int, ...]) -> EffectiveRanks:
-    matrix = fan_in(axes, shape), fan_out(axes, shape)
-    s, total = np.asarray(svd.s), np.asarray(svd.total)
-    whole = s.shape[-1] == min(matrix) or not np.any(svd.residual)
-    return effective_ranks(s, total=None if whole else total, shape=matrix)
+def _gradient_change(change: Change, gradient: jax.Array, k: int) -> Change:
+    svd = delta_svd(None, gradient, change.axes, k)
+    return change._replace(svd=svd, complete=k >= min(_matrix(change)))
+
+
+def _ranks_of(change: Change) -> EffectiveRanks:
+    s, total = np.asarray(change.svd.s), np.asarray(change.svd.total)
+    return effective_ranks(s, total=None if change.complete else total, shape=_matrix(change))
+
+
+def _matrix(change: Change) -> tuple[int, int]:
+    return fan_in(change.axes, change.shape), fan_out(change.axes, change.shape)
 
 
 def _median(every: Sequence[EffectiveRanks], name: str) -> int:

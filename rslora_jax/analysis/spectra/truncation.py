@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rslora_jax.analysis.spectra.pairs import pairs
+from rslora_jax.analysis.spectra.pairs import Pair, pairs
 from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.axes import delta_subscripts, factor_shapes
 from rslora_jax.factors import LoraParams, factors_of
@@ -21,12 +21,16 @@ __all__ = ["Change", "Losses", "changes", "check_batches", "truncated_losses"]
 
 
 class Change(NamedTuple):
-    """What fine-tuning added to one weight: its axes, shape and leading singular triplets."""
+    """What fine-tuning added to one weight: its axes, shape and leading singular triplets.
+
+    `complete` says that they are all there are: the others are zero, not unknown.
+    """
 
     path: str
     axes: str
     shape: tuple[int, ...]
     svd: DeltaSvd
+    complete: bool
 
 
 class Losses(NamedTuple):
@@ -59,10 +63,7 @@ def changes(base: Any, tuned: Any, sites: Sequence[Site] | None, k: int) -> tupl
     """
     found = _adapter_changes(tuned, sites) if isinstance(tuned, LoraParams) else None
     if found is None:
-        found = tuple(
-            Change(p.path, p.axes, jnp.shape(p.base), _searched(p, k))
-            for p in pairs(base, tuned, sites)
-        )
+        found = tuple(_searched(pair, k) for pair in pairs(base, tuned, sites))
     for change in found:
         if not bool(jnp.isfinite(change.svd.total).all()):
             raise AdapterError(
@@ -161,8 +162,9 @@ def _part(change: Change, svd: DeltaSvd, rank: Any) -> jax.Array:
     return jnp.einsum(delta_subscripts(change.axes), a, b, precision=lax.Precision.HIGHEST)
 
 
-def _searched(pair: Any, k: int) -> DeltaSvd:
-    return delta_svd(pair.base, pair.tuned, pair.axes, k, oversample=16, iterations=4)
+def _searched(pair: Pair, k: int) -> Change:
+    svd = delta_svd(pair.base, pair.tuned, pair.axes, k, oversample=16, iterations=4)
+    return Change(pair.path, pair.axes, jnp.shape(pair.base), svd, k >= min(pair.matrix))
 
 
 def _adapter_changes(params: LoraParams, sites: Sequence[Site] | None) -> tuple[Change, ...]:
@@ -178,4 +180,4 @@ def _adapter_changes(params: LoraParams, sites: Sequence[Site] | None) -> tuple[
 def _exact(site: Site, factors: Any) -> Change:
     u, s, vt = jax.jit(partial(factored_svd, site))(dict(factors))
     total = jnp.sqrt((s * s).sum(-1))
-    return Change(site.path, site.axes, site.shape, DeltaSvd(u, s, vt, total, total * 0))
+    return Change(site.path, site.axes, site.shape, DeltaSvd(u, s, vt, total, total * 0), True)
