@@ -158,6 +158,17 @@ def test_every_run_equals_the_run_that_was_never_padded(name):
                 assert not a[..., run.rank :].any() and not b[..., run.rank :, :].any()
 
 
+def test_a_clip_after_adam_without_eps_spreads_the_zeros_of_the_padding():
+    def make(rate):
+        # The first gradient of `a` is 0: without its eps no run would be finite.
+        adams = {"a": optax.adam(rate), "b": optax.adam(rate, eps=0.0)}
+        return optax.chain(optax.partition(adams, rl.optim.labels), optax.clip_by_global_norm(1.0))
+
+    with pytest.warns(UserWarning, match=r"1 of 2 runs met .* at the ranks \[2\]"):
+        sweep = sweep_of(optimizer=make, scalings=("rslora",))
+    assert [bool(np.isfinite(trace).all()) for trace in sweep.traces["loss"]] == [False, True]
+
+
 def test_a_scaling_of_ones_own_is_the_scale_of_its_runs():
     custom = ("own", lambda alpha, rank: rl.scale(alpha, rank, "lora"))
     sweep = sweep_of(scalings=("lora", custom), optimizer=optax.sgd)
@@ -362,6 +373,8 @@ def pairs(shape):
         ({"init": "xavier"}, r"init must be one of .*'gaussian'.* found 'xavier'"),
         ({"quantities": ("gradb",)}, r"cannot record 'gradb'. The nearest are 'grad_b'"),
         ({"alpha": -1.0}, r"alpha must be a finite number above 0, found -1"),
+        ({"alpha": 0.0}, r"alpha must be a finite number above 0, found 0.0. Leave it out to keep"),
+        ({"alpha": 0, "scalings": (("own", lambda alpha, rank: alpha + 1),)}, r"alpha must be a"),
         ({"memory": 100}, r"given 0.0 MiB for its runs, but one run needs about .* `memory`"),
         ({"batches": []}, r"list of batches is empty"),
         ({"batches": [pairs((3, 9)), pairs((2, 9))]},

@@ -102,15 +102,24 @@ def run_data(
       init: one of `INITS`.
 
     Raises:
-      AdapterError: for empty sites, ranks above the padded size, an unknown init, or a scaling
-        that is unknown or gives no finite number above 0.
+      AdapterError: for empty sites, ranks above the padded size, an unknown init, an alpha
+        that is not above 0, or a scaling that is unknown or gives no finite number above 0.
     """
     _check_sites(runs, sites)
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise AdapterError(
+            f"alpha must be a finite number above 0, found {alpha!r}. Leave it out to keep the "
+            "alpha of each site."
+        )
     if init not in INITS:
         raise AdapterError(f"init must be one of {tuple(INITS)}, found {init!r}.")
     rules = {_name(scaling): scaling for scaling in scalings}
+    alphas = [s.alpha if alpha is None else alpha for s in sites]
     ratio = [
-        [_gamma(rules[r.scaling], alpha or s.alpha, r.rank) / (s.scale or 1) for s in sites]
+        [
+            _gamma(rules[r.scaling], own, r.rank) / (s.scale or 1)
+            for s, own in zip(sites, alphas, strict=True)
+        ]
         for r in runs
     ]
     seeds = list(dict.fromkeys(run.seed for run in runs))

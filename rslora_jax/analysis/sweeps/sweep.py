@@ -14,7 +14,7 @@ from rslora_jax.analysis.sweeps.batches import batches_of
 from rslora_jax.analysis.sweeps.budget import Budget
 from rslora_jax.analysis.sweeps.engine import run_all
 from rslora_jax.analysis.sweeps.runs import Run, Scaling, grid, run_data
-from rslora_jax.analysis.sweeps.traces import QUANTITIES, check_quantities
+from rslora_jax.analysis.sweeps.traces import ACTIVATIONS, QUANTITIES, check_quantities
 from rslora_jax.analysis.sweeps.training import Plan
 from rslora_jax.config import LoraConfig
 from rslora_jax.factors import LoraParams
@@ -73,7 +73,9 @@ class Sweep:
         """The runs with a value that is not finite: the first such step, and what it was."""
         found = []
         for k, run in enumerate(self.runs):
-            bad = {n: np.flatnonzero(~np.isfinite(v[k])) for n, v in self.traces.items()}
+            # A model may show no input of an adapter at all, as embeddings do not: no failure.
+            judged = {n: v[k] for n, v in self.traces.items() if n not in ACTIVATIONS}
+            bad = {name: np.flatnonzero(~np.isfinite(v)) for name, v in judged.items()}
             first = {name: int(steps[0]) for name, steps in bad.items() if len(steps)}
             if first:
                 name = min(first, key=lambda name: first[name])
@@ -122,11 +124,14 @@ def rank_sweep(  # noqa: PLR0913 - every argument is a choice of the experiment
 
     All runs have factors of the padded size, with zeros beyond their own rank; the scale, the
     learning rate and the seed are data. So one program, mapped over the runs and scanned over
-    the steps, is each of them. Gradients of the padding are zero, hence a run equals one
-    that was never padded under every optimizer that treats entries one by one or through sums
-    (SGD, Adam, AdamW, Lion, clipping); one that takes means over a factor or looks at its
-    shape (Adafactor) sees the padding. The `a` of rank r is the first r columns of that of the
-    largest rank, so that ranks differ by nothing but rank.
+    the steps, is each of them. Gradients of the padding are zero, hence with float32 and float64
+    factors a run equals one that was never padded (with bfloat16 factors the scale of each run is
+    rounded to that dtype) under every optimizer that treats entries one by one or through sums:
+    SGD, Adam, AdamW, Lion, clipping. Two kinds break it: one that takes means over a factor or
+    looks at its shape (Adafactor) sees the padding; and Adam with eps=0 makes 0/0 of it, which a
+    clip after Adam spreads (0/0 also of the first gradient of `a`, at any rank).
+    The `a` of rank r is the first r columns of that of the largest rank, so that ranks differ by
+    nothing but rank.
 
     Args:
       loss_fn: ``loss_fn(params, batch)`` gives a scalar, through the `apply` that `adapt` gave
@@ -142,7 +147,7 @@ def rank_sweep(  # noqa: PLR0913 - every argument is a choice of the experiment
       learning_rates: what it is called with.
       seeds: of the draws of `a`, each as ``jax.random.key(seed)``.
       steps: how many steps; None means as many as there are batches.
-      alpha: the numerator of the scales; None means that of each site.
+      alpha: the numerator of the scales, above 0; None means that of each site.
       init: ``"kaiming"`` or ``"normal"`` as in `LoraConfig`; ``"fan_out"`` or ``"gaussian"`` for
         a standard normal over sqrt(r) or over r, two popular bugs.
       dtype: of the factors, as in `LoraConfig`.
