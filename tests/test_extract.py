@@ -77,6 +77,23 @@ def test_the_scale_is_that_of_the_config(tuned):
     assert {x.dtype.name for x in jax.tree.leaves(found.params.lora)} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("rank", [3, 2])
+def test_errors_hold_what_the_cast_of_the_factors_takes_away(tuned, dtype, rank):
+    merged, sites = tuned
+    found = extract(BASE, merged, sites, config=rl.LoraConfig(rank=rank, dtype=dtype))
+    for site in found.sites:
+        a, b = (np.asarray(found.params.lora[site.path][n], np.float64) for n in "ab")
+        added = site.scale * np.einsum(delta_subscripts(site.axes), a, b)
+        change = merged[site.path].astype("float64") - BASE[site.path]
+        stack = sum(letter == "b" for letter in site.axes)
+        axes = tuple(range(stack, change.ndim))
+        expected = np.sqrt(((change - added) ** 2).sum(axes) / (change**2).sum(axes))
+        rows = found.errors.select(path=site.path)
+        np.testing.assert_allclose(rows.column("error"), expected.ravel(), rtol=0.01, atol=1e-4)
+        np.testing.assert_allclose(rows.column("energy"), 1 - expected.ravel() ** 2, atol=1e-3)
+
+
 def test_all_the_energy_needs_the_rank_of_the_adapter(tuned):
     merged, sites = tuned
     found = extract(BASE, merged, sites, energy=0.9999)

@@ -14,6 +14,7 @@ from rslora_jax.analysis.spectra.pairs import Pair, pairs, unpaired
 from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.config import LoraConfig, Rule
 from rslora_jax.factors import LoraParams
+from rslora_jax.norms import delta_norm
 from rslora_jax.paths import AdapterError, insert
 from rslora_jax.sites import Site, Sites
 from rslora_jax.tables import Table
@@ -30,8 +31,9 @@ class Extracted(NamedTuple):
       sites: their sites; `merge(params, sites)` is the approximation.
       config: the config that gives these sites in `adapt`, so that training can go on.
       errors: one row a module: ``rank``, ``error`` = |tuned - base - scale * a @ b|_F over
-        |tuned - base|_F, ``energy`` = 1 - error^2. A leaf that changed but has no adapter
-        is a row of rank None: the adapter does not hold its change.
+        |tuned - base|_F with the factors as returned, so after their cast; ``energy`` =
+        1 - error^2. A leaf that changed but has no adapter is a row of rank None: the
+        adapter does not hold its change.
     """
 
     params: LoraParams
@@ -56,8 +58,8 @@ def extract(
     module; a = u sqrt(s / scale) and b = sqrt(s / scale) v^T share it evenly. The SVD is
     randomized (`delta_svd`, 16 columns beyond the rank, 4 power iterations): exact to
     rounding for changes of that rank and for small modules, and elsewhere as good as
-    `errors` says, which are the true errors of the adapter that is returned (down to about
-    3e-4, what float32 resolves).
+    `errors` says: the true errors of the adapter that is returned, with what the cast to
+    ``config.dtype`` takes away (down to about 3e-4, what float32 resolves).
 
     Args:
       base: the tree before fine-tuning.
@@ -66,8 +68,8 @@ def extract(
         takes every matrix, the last axis as output and the others as inputs.
       rank: of every adapter that no rule of the config changes; None takes the config's.
       energy: in place of a rank: the share of each module's |tuned - base|_F^2 that its
-        adapter must hold. Each site gets the smallest rank that does so, as a rule of the
-        returned config.
+        adapter must hold before it is cast. Each site gets the smallest rank that does so,
+        as a rule of the returned config.
       config: alpha, scaling, targets and dtype; None means the defaults.
       max_rank: with `energy`: no rank goes above it, and `errors` tells what is then lost.
         Without it, the SVD of each module is complete: O(inputs * outputs * side).
@@ -103,7 +105,7 @@ def extract(
     lora: dict[str, Any] = {}
     for site in chosen:
         insert(lora, site.path, factors_from(site, svds[site.path], config))
-    rows = [row for site in chosen for row in _rows(site, svds[site.path])]
+    rows = [row for site in chosen for row in _rows(site, svds[site.path], config)]
     missed = unpaired(base, tuned, paired)
     rows += [
         {"path": path, "norm": norm, "error": 1.0, "energy": 0.0} for path, norm in missed.items()
@@ -123,6 +125,11 @@ def factors_from(site: Site, svd: DeltaSvd, config: LoraConfig) -> dict[str, jax
     Returns:
       ``{"a": [b.., i.., r], "b": [b.., r, o..]}``.
     """
+    dtype = config.dtype or jnp.promote_types(jnp.float32, site.dtype)
+    return {name: x.astype(dtype) for name, x in _uncast(site, svd).items()}
+
+
+def _uncast(site: Site, svd: DeltaSvd) -> dict[str, jax.Array]:
     assert site.rank is not None and site.scale is not None
     k = min(site.rank, svd.s.shape[-1])
     root = jnp.sqrt(svd.s[..., :k] / site.scale)
@@ -131,9 +138,20 @@ def factors_from(site: Site, svd: DeltaSvd, config: LoraConfig) -> dict[str, jax
     rest = site.rank - k
     a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rest)])
     b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, rest), (0, 0)])
-    dtype = config.dtype or jnp.promote_types(jnp.float32, site.dtype)
     shapes = site.factor_shapes
-    return {"a": a.reshape(shapes[0]).astype(dtype), "b": b.reshape(shapes[1]).astype(dtype)}
+    return {"a": a.reshape(shapes[0]), "b": b.reshape(shapes[1])}
+
+
+def _lost_by_cast(site: Site, svd: DeltaSvd, config: LoraConfig) -> np.ndarray:
+    """|scale * (a @ b before the cast - a @ b after it)|_F per module [b..].
+
+    With u and v what the cast adds, that is u b + (a + u) v: a product of rank 2 r.
+    """
+    before, after = _uncast(site, svd), factors_from(site, svd, config)
+    after = {name: after[name].astype(before[name].dtype) for name in "ab"}
+    a = jnp.concatenate([after["a"] - before["a"], after["a"]], -1)
+    b = jnp.concatenate([before["b"], after["b"] - before["b"]], site.axes.count("b"))
+    return np.asarray(delta_norm(site, {"a": a, "b": b}))
 
 
 def _svd(pair: Pair, k: int) -> DeltaSvd:
@@ -159,15 +177,18 @@ def _needed(svd: DeltaSvd, energy: float) -> int:
     return int(np.clip(np.max(needed), 1, svd.s.shape[-1]))
 
 
-def _rows(site: Site, svd: DeltaSvd) -> list[dict[str, Any]]:
+def _rows(site: Site, svd: DeltaSvd, config: LoraConfig) -> list[dict[str, Any]]:
     assert site.rank is not None
     kept, total = np.asarray(svd.s)[..., : site.rank], np.asarray(svd.total)
+    lost = _lost_by_cast(site, svd, config)
     rows = []
     for index in np.ndindex(total.shape):
-        share = float((kept[index] ** 2).sum() / total[index] ** 2) if total[index] > 0 else 1.0
-        energy = min(share, 1.0)
+        square = total[index] ** 2 or 1.0
+        cut = max(0.0, float((total[index] ** 2 - (kept[index] ** 2).sum()) / square))
+        # To first order the cast moves the adapter at right angles to what was cut off.
+        wrong = cut + float(lost[index] ** 2 / square)
         row = {"path": site.path, "module": ",".join(map(str, index)), "rank": site.rank}
-        rows.append({**row, "norm": total[index], "error": (1 - energy) ** 0.5, "energy": energy})
+        rows.append({**row, "norm": total[index], "error": wrong**0.5, "energy": 1 - wrong})
     return rows
 
 
