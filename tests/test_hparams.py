@@ -9,7 +9,15 @@ import optax
 import pytest
 
 import rslora_jax as rl
-from rslora_jax.analysis.laws.hparams import LR_REGIMES, Hparams, equivalent_hparams, lr_for_rank
+from rslora_jax.analysis.laws import lr_laws
+from rslora_jax.analysis.laws.hparams import (
+    LR_REGIMES,
+    Hparams,
+    RankRule,
+    equivalent_hparams,
+    lr_for_rank,
+)
+from rslora_jax.analysis.spectra.bits import Bits
 from tests.quick import compiled
 
 RANK, STEPS = 6, 30
@@ -170,7 +178,15 @@ def test_the_evidence_says_where_theory_and_measurement_disagree():
     agrees = lr_for_rank(1.0, 8, 16, "rslora", "adam", "coherent").evidence
     differs = lr_for_rank(1.0, 8, 16, "rslora", "sgd", "coherent").evidence
     assert agrees.endswith("they agree.") and "2602.06204" in agrees
-    assert differs.endswith("theory r^0, measured r^0.34: they DISAGREE: tune it.")
+    assert differs.endswith(
+        "theory r^0, measured r^0.34 in an earlier study: they DISAGREE: tune it."
+    )
+
+
+@pytest.mark.parametrize("documented", [Bits, RankRule, lr_for_rank, lr_laws])
+def test_recorded_numbers_are_told_from_those_that_a_command_prints(documented):
+    text = " ".join(documented.__doc__.split())
+    assert "earlier study of this project" in text and "does not reproduce" in text
 
 
 def test_a_scale_of_ones_own_has_a_law_and_no_measurement():
