@@ -1,8 +1,8 @@
 """Effective ranks: how many directions a spectrum has, by every definition in use.
 
-They disagree by a factor of ten on one matrix: read them side by side (`effective_ranks`).
-Each takes singular values [..., k], falling, of NumPy or JAX (also traced), and keeps their
-precision. The zero matrix has rank 0 by every definition.
+They disagree by a factor of ten on one matrix: read them side by side (`effective_ranks`). Each
+takes singular values [..., k], falling, of NumPy or JAX (also traced), and keeps their precision.
+The zero matrix has rank 0 by every definition.
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ def effective_ranks(
 
     Args:
       s: singular values [..., k], falling.
-      total: the Frobenius norm [...] of the whole matrix, if `s` holds only its first k
-        singular values; None means that all others are zero.
+      total: the Frobenius norm [...] of the whole matrix, if `s` holds only its first k values;
+        None means that all others are zero.
       shape: the matrix's shape; None means k x k.
 
     Returns:
@@ -159,8 +159,7 @@ def entropy_rank(s: Any, *, power: int = 1) -> Any:
 
     Args:
       s: singular values [..., k].
-      power: 1 is the effective rank of Roy and Vetterli 2007 (EUSIPCO); 2 weighs
-        by energy.
+      power: 1 is the effective rank of Roy and Vetterli 2007 (EUSIPCO); 2 weighs by energy.
 
     Returns:
       Numbers [...], between 1 and k.
@@ -194,15 +193,15 @@ def gavish_donoho_rank(
 ) -> Any:
     """How many singular values exceed the optimal hard threshold, the noise being unknown.
 
-    The threshold is omega(beta) times the median of all min(m, n) singular values (Gavish
-    and Donoho 2014, arXiv 1305.5870). It presumes white noise of full rank:
-    without noise the median is 0 and every singular value above 0 counts.
+    The threshold is omega(beta) times the median of all min(m, n) singular values (Gavish and
+    Donoho 2014, arXiv 1305.5870). It presumes white noise of full rank: without noise the median
+    is 0 and every singular value above 0 counts.
 
     Args:
       s: singular values [..., k], falling.
       shape: the matrix's shape; None means k x k.
-      truncated: the values beyond the first k are unknown, not zero. If the median is among
-        them, the last known value stands for it, and the count is a lower bound.
+      truncated: the values beyond the first k are unknown, not zero. If the median is among them,
+        the last known value stands for it, and the count is a lower bound.
 
     Returns:
       Integers [...].
