@@ -23,16 +23,14 @@ from typing import Any, NamedTuple
 
 import jax
 import tyro
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table as Grid
 
 import rslora_jax as rl
+from grids import by_rank, by_truncation
 from lessons import OPTIMIZERS, Course, adapt, sweep, truncate
 from panels import ASKED, draw
 from panels import OPTIMIZERS as TITLES
 from readings import (
-    NAMES,
     Curve,
     accuracy_sentence,
     curves,
@@ -189,57 +187,6 @@ def show(console: Console, findings: Findings, options: Options) -> None:
     console.print(by_truncation(findings.truncated), "")
     for sentence in sentences(findings):
         console.print(f"- {sentence}", highlight=False)
-
-
-def by_rank(runs: Table, quantity: str, title: str) -> Grid:
-    """A row for each lesson, optimizer and scaling, a column for each rank."""
-    ranks = sorted(set(runs.column("rank")))
-    grid = grid_of(title, ["", "", "", *(f"r={rank}" for rank in ranks)])
-    # No optimizer has moved anything at the first step.
-    optimizers = {"adam": "either"} if quantity == "onset" else TITLES
-    for lesson, asked in ASKED.items():
-        for optimizer, name in optimizers.items():
-            for scaling, curve in curves(runs, lesson, optimizer, quantity).items():
-                what = asked if quantity == "accuracy" else lesson
-                grid.add_row(what, name, NAMES[scaling], *cells(curve, quantity == "accuracy"))
-            grid.add_section()
-    return grid
-
-
-def grid_of(title: str, head: list[str]) -> Grid:
-    """An empty table, narrow enough for 80 columns."""
-    style = {
-        "box": SIMPLE,
-        "show_edge": False,
-        "pad_edge": False,
-        "padding": (0, 1, 0, 0),
-        "title_justify": "left",
-    }
-    return Grid(*head, title=title, **style)
-
-
-def cells(curve: Curve, percent: bool) -> list[str]:
-    """The mean with its spread, at each rank."""
-    pairs = zip(curve.mean, curve.spread, strict=True)
-    if percent:
-        return [f"{100 * mean:.0f}±{100 * spread:.0f}" for mean, spread in pairs]
-    return [f"{mean:.2g}±{spread:.1g}" for mean, spread in pairs]
-
-
-def by_truncation(truncated: dict[str, Table]) -> Grid:
-    """Function beside energy, by rank."""
-    ranks = truncated["facts"].column("rank")
-    title = "Full tuning with Adam, its change cut to rank r: percent"
-    grid = grid_of(title, ["", "", *(f"r={rank}" for rank in ranks)])
-    for lesson, table in truncated.items():
-        rows = {"accuracy": ASKED[lesson], "taught": f"{lesson}, taught", "energy": lesson}
-        for quantity, what in rows.items():
-            if quantity == "taught" and lesson == "facts":
-                continue  # all that is taught is asked
-            kind = "energy" if quantity == "energy" else "accuracy"
-            grid.add_row(what, kind, *(f"{100 * v:.0f}" for v in table.column(quantity)))
-        grid.add_section()
-    return grid
 
 
 def sentences(findings: Findings) -> list[str]:
