@@ -14,9 +14,7 @@ import numpy as np
 import registers
 import rslora_jax as rl
 import tiny as tiny_llama
-from facts import Batch, atomic_numbers, fact_batch
 from llama import Llama, LlamaConfig
-from scores import cross_entropy
 
 STEPS, ROWS, LENGTH = 50, 8, 32
 
@@ -45,14 +43,16 @@ def llama(rank: int) -> Study:
     apply, sites = adapt(model.apply, base, tokens[0, :, :-1], rank)
 
     def loss(params: rl.LoraParams, tokens: jax.Array) -> jax.Array:
-        return cross_entropy(apply(params, tokens[:, :-1]), tokens[:, 1:])
+        return tiny_llama.cross_entropy(apply(params, tokens[:, :-1]), tokens[:, 1:])
 
     return loss, base, sites, tokens
 
 
 def smollm(rank: int) -> Study:
     """SmolLM2-135M-Instruct on atomic numbers: minutes on a CPU."""
-    from smollm import load  # noqa: PLC0415 - the others need neither gguf nor the weights
+    # The others need neither tokenizers and gguf nor the weights.
+    from facts import Batch, atomic_numbers, fact_batch  # noqa: PLC0415
+    from smollm import load  # noqa: PLC0415
 
     sizes, variables, tokenizer = load()
     facts = fact_batch(tokenizer, atomic_numbers())
@@ -61,7 +61,7 @@ def smollm(rank: int) -> Study:
 
     def loss(params: rl.LoraParams, batch: Batch) -> jax.Array:
         logits = apply(params, batch.tokens, positions=batch.positions)
-        return cross_entropy(logits, batch.labels)
+        return tiny_llama.cross_entropy(logits, batch.labels)
 
     return loss, jax.device_put(variables), sites, facts.rows(rows)
 

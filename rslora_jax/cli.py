@@ -59,7 +59,7 @@ def stability(  # noqa: PLR0913, PLR0917 - every flag is a choice of the experim
     scalings: tuple[Literal["lora", "rslora"], ...] = ("lora", "rslora"),
     optimizer: Literal["adam", "adamw", "sgd"] = "adam",
     learning_rates: tuple[float, ...] = (1e-3,),
-    seeds: tuple[int, ...] = (0,),
+    seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 10,
     html: Path | None = None,
     csv: Path | None = None,
@@ -77,11 +77,17 @@ def stability(  # noqa: PLR0913, PLR0917 - every flag is a choice of the experim
       scalings: lora is alpha/r, rslora is alpha/sqrt(r).
       optimizer: The optimizer.
       learning_rates: Learning rates, each for all ranks.
-      seeds: Seeds of the adapters: two or more give the slopes standard errors.
+      seeds: Seeds of the adapters: with one seed the slopes have no standard errors.
       steps: Steps of training, no more than the model brings batches.
       html: Write a page with figures, slopes and advice here; with several models, one each.
       csv: Write every step of every run here; with several models, one file each.
     """
+    if not models:
+        raise AdapterError(
+            "stability needs a model: FILE.py:FUNCTION, such as examples/models.py:tiny."
+        )
+    if len(ranks) < 2:
+        raise AdapterError(f"stability compares ranks: name two or more, found {ranks}.")
     for name in models:
         study = find_study(name)(max(ranks, default=1))
         sweep = rank_sweep(
@@ -94,6 +100,7 @@ def stability(  # noqa: PLR0913, PLR0917 - every flag is a choice of the experim
             seeds=seeds,
             quantities=(*QUANTITIES, *ACTIVATIONS),
         )
+        print(f"{name}: {len(sweep.runs)} runs of {sweep.steps} steps; {sweep.budget}\n")
         show(slopes(sweep), f"{name}: slopes of log(quantity) against log(rank)")
         for scaling, sentences in advice(sweep).items():
             print(f"{scaling}: {sentences}\n")

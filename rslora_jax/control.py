@@ -219,13 +219,13 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, .
 
 
 def _enter(arg: Any, spec: Any) -> Any:
-    """A sketch of the inputs stays outside where each shard sees a part of an input only."""
-    if not isinstance(arg, Held) or len(arg.factors) < 4:
+    """Taps stay outside where a shard holds a part of the inputs: its outputs are partial."""
+    if not isinstance(arg, Held) or len(arg.factors) < 3:
         return arg
-    sums, sketch = arg.factors[2:4]
+    a, _, sums, *_ = arg.factors
     entries = dict(enumerate(spec))
-    split = any(entries.get(n) for n in sketch.labels if n not in sums.labels)
-    return dataclasses.replace(arg, factors=arg.factors[:3]) if split else arg
+    split = any(entries.get(n) for n in a.labels if n not in sums.labels)
+    return dataclasses.replace(arg, factors=arg.factors[:2]) if split else arg
 
 
 def _spec(arg: Any, spec: Any) -> Any:

@@ -34,7 +34,7 @@ __all__ = [
     "project",
 ]
 
-TAPS = ("sums", "sketch", "gram")
+TAPS = ("sums", "spectral")
 """What `taps` may put beside the factors of a site; no adapter that is kept holds them."""
 
 PyTree: TypeAlias = Any
@@ -303,5 +303,5 @@ def labelled(site: Site, factors: Mapping[str, Any]) -> tuple[Factor, ...]:
     """The factors of a site and its taps, if any, labelled by the weight's axes."""
     a, b = factor_dims(site.axes)
     stacked = (*(k for k, role in enumerate(site.axes) if role == "b"), RANK)
-    labels = {"a": a, "b": b, "sums": stacked, "sketch": a, "gram": stacked}
+    labels = {"a": a, "b": b, **dict.fromkeys(TAPS, stacked)}
     return tuple(Factor(factors[name], labels[name]) for name in labels if name in factors)

@@ -7,6 +7,7 @@ for float64 factors).
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rslora_jax.decompositions import qr, svd
+from rslora_jax.meshes import automatic
 from rslora_jax.sites import Site
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "matrices",
     "module_count",
     "module_shape",
+    "moved_norm",
     "weight_norm",
 ]
 
@@ -105,12 +108,32 @@ def delta_norm(site: Site, factors: Factors) -> jax.Array:
       >>> float(delta_norm(site, {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 9))}))
       12.0
     """
-    a, b = matrices(site, factors)
+    return _scale(site) * automatic(_product_norm, *matrices(site, factors))
+
+
+def moved_norm(site: Site, factors: Factors, updates: Factors) -> jax.Array:
+    """How far an update of the factors moves scale * a @ b: a Frobenius norm per module [b..].
+
+    (a + u) (b + v) - a b = u b + (a + u) v, again a product, of rank 2 r: no difference of
+    two large changes is taken.
+
+    Example:
+      >>> import jax.numpy as jnp, rslora_jax as rl
+      >>> site = rl.Site("w", "io", (4, 9), "float32", rank=1, alpha=2.0, scale=2.0)
+      >>> factors = {"a": jnp.ones((4, 1)), "b": jnp.zeros((1, 9))}
+      >>> float(moved_norm(site, factors, {"a": jnp.zeros((4, 1)), "b": jnp.ones((1, 9))}))
+      12.0
+    """
+    (a, b), (u, v) = matrices(site, factors), matrices(site, updates)
+    wide, tall = jnp.concatenate([u, a + u], -1), jnp.concatenate([b, v], -2)
+    return _scale(site) * automatic(_product_norm, wide, tall)
+
+
+def _product_norm(a: jax.Array, b: jax.Array) -> jax.Array:
     gram_a = jnp.einsum("...ir,...is->...rs", a, a, precision=HIGHEST)
     gram_b = jnp.einsum("...ro,...so->...rs", b, b, precision=HIGHEST)
-    square = (gram_a * gram_b).sum((-2, -1))
     # Rounding can leave a tiny negative sum where a @ b vanishes.
-    return _scale(site) * jnp.sqrt(jnp.maximum(square, 0))
+    return jnp.sqrt(jnp.maximum((gram_a * gram_b).sum((-2, -1)), 0))
 
 
 def factored_svd(site: Site, factors: Factors) -> Svd:
@@ -126,13 +149,16 @@ def factored_svd(site: Site, factors: Factors) -> Svd:
       >>> [round(s, 3) for s in svd.s.tolist()]
       [12.0]
     """
-    a, b = matrices(site, factors)
+    return Svd(*automatic(partial(_thin_svd, _scale(site)), *matrices(site, factors)))
+
+
+def _thin_svd(scale: float, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
     qa, ra = qr(a)
     qb, rb = qr(jnp.swapaxes(b, -2, -1))
-    core = jnp.einsum("...ir,...jr->...ij", ra, rb, precision=HIGHEST) * _scale(site)
+    core = jnp.einsum("...ir,...jr->...ij", ra, rb, precision=HIGHEST) * scale
     u, s, vt = svd(core)
     left = jnp.matmul(qa, u, precision=HIGHEST)
-    return Svd(left, s, jnp.matmul(vt, jnp.swapaxes(qb, -2, -1), precision=HIGHEST))
+    return left, s, jnp.matmul(vt, jnp.swapaxes(qb, -2, -1), precision=HIGHEST)
 
 
 def weight_norm(site: Site, weight: Any) -> jax.Array:

@@ -54,7 +54,7 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
         return _report(walk, eqn, held, base, summed=mine[0], stacked=mine[1])
     out = _dot_labels(labels, held.base.ndim, mine, left)
     first, second = _order(held, mine[0])
-    how = _How(out, held.scale, left, *(eqn.params[name] for name in OPTIONS))
+    how = _How(out, tuple(mine[0]), held.scale, left, *(eqn.params[name] for name in OPTIONS))
     return _plus(base, Factor(x, labels), (first, second), held.factors[2:], how)
 
 
@@ -62,6 +62,7 @@ class _How(NamedTuple):
     """What is static about the product with the factors."""
 
     out: tuple[int, ...]
+    summed: tuple[int, ...]
     scale: float
     left: bool
     precision: Any
@@ -77,7 +78,7 @@ def _plus(
     if jnp.finfo(dtype).bits < 16:  # the factors would not survive eight bits
         dtype = jnp.bfloat16
     dot = _like(how.precision, how.preferred_element_type, dtype)
-    x = watch_input(x, taps)
+    x = watch_input(x, taps, how.summed)
     product = project(x, *factors, how.out, scale=how.scale, left=how.left, dot=dot)
     added = _arrange(product, how.out, base.shape).astype(base.dtype)
     return base + watch_output(Factor(added, how.out), base, taps)
@@ -154,7 +155,7 @@ def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
     out = _dot_labels(xs, held.base.ndim, ((*wc, *groups), ()), left=False)
     ragged = held.base.ndim + numbers.lhs_ragged_dimensions[0]
     taps, members = held.factors[2:], Ragged(ragged, _members(sizes, x.shape[xs.index(ragged)]))
-    thin = dot(watch_input(Factor(x, xs), taps, members), first, ragged)
+    thin = dot(watch_input(Factor(x, xs), taps, ragged=members), first, ragged)
     wide = jnp.promote_types(thin.array.dtype, jnp.float32)
     thin = Factor((thin.array.astype(wide) * held.scale).astype(x.dtype), thin.labels)
     added = _arrange(dot(thin, second, ragged), out, base.shape).astype(base.dtype)
@@ -215,7 +216,7 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     first, second = _order(held, summed)
     if set(first.labels) != {*summed, RANK} or set(second.labels) != {out_axis, RANK}:
         raise Unsupported("its input and output axes are mixed by another use")
-    taps = held.factors[2:3]  # the inputs of a convolution are patches, which no sketch sees
+    taps = held.factors[2:]
     x = watch_input(Factor(x, (*range(held.base.ndim, held.base.ndim + x.ndim),)), taps).array
     kernel = _arrange(_relabel_rank(first, out_axis), range(held.base.ndim), ())
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")

@@ -16,13 +16,22 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from rslora_jax.axes import RANK
 from rslora_jax.factors import TAPS, Factor, contract
+from rslora_jax.meshes import automatic
 from rslora_jax.norms import module_shape
 from rslora_jax.paths import insert
 from rslora_jax.sites import Site
 
-__all__ = ["SUMS", "Ragged", "tap", "untap", "watch_input", "watch_output"]
+__all__ = [
+    "POWER_STEPS",
+    "SPECTRAL",
+    "SUMS",
+    "Ragged",
+    "tap",
+    "untap",
+    "watch_input",
+    "watch_output",
+]
 
 SUMS = (
     *("inputs", "input_2"),
@@ -30,11 +39,15 @@ SUMS = (
     *("outputs", "output_1", "output_2", "output_4", "base_2", "cross"),
     *("output_grads", "output_grad_1", "output_grad_2", "output_grad_4"),
 )
-"""What the entries of a tap's gradient are: counts of entries, and sums over them of their
-absolute value to the power in the name; `cross` is output times base output."""
+"""What the entries of the gradient of a tap `sums` are: counts of entries, and sums over them
+of their absolute value to the power in the name; `cross` is output times base output."""
 
-OTHER = RANK - 1
-"""Stands for a second rank axis, where a product has two."""
+SPECTRAL = ("trace", "top")
+"""What the entries of the gradient of a tap `spectral` are: of the sum over the inputs x of
+x x^T, its trace and its largest eigenvalue, each summed over the uses of the weight."""
+
+POWER_STEPS = 10
+"""Power iterations from a random start that find the largest eigenvalue."""
 
 Labels: TypeAlias = tuple[int, ...]
 
@@ -52,36 +65,42 @@ class Ragged(NamedTuple):
 
 
 class _Spec(NamedTuple):
-    """What is static about a watch: the labels of the watched array and of its taps."""
+    """What is static about a watch: the labels of the watched array and of its taps.
+
+    Attributes:
+      labels: of the array.
+      stacked: the b axes of the site.
+      summed: the axes that the product sums over, where their second moment is wanted.
+      ragged: the label of a ragged axis.
+    """
 
     labels: Labels
     stacked: Labels
-    sketched: Labels = ()
+    summed: Labels = ()
     ragged: int | None = None
 
 
-def tap(lora: Mapping[str, Any], sites: Sequence[Site], sketch: int = 0) -> dict[str, Any]:
+def tap(
+    lora: Mapping[str, Any], sites: Sequence[Site], *, spectral: bool = False
+) -> dict[str, Any]:
     """The adapter tree with taps of zeros beside the factors of every site.
 
     Args:
       lora: the nested dict of a `LoraParams`.
       sites: the sites that it was made for.
-      sketch: how many random directions measure the second moment of the inputs; 0 for none.
+      spectral: also look at the second moment of the inputs, by `POWER_STEPS` products with
+        them.
 
     Returns:
-      A nested dict with ``{"a", "b", "sums": [b.., len(SUMS)]}`` at each path, and with a
-      sketch also ``"sketch": [b.., i.., n]`` (the second moment times n directions) and
-      ``"gram": [b.., n * n]`` (the directions times that).
+      A nested dict with ``{"a", "b", "sums": [b.., len(SUMS)]}`` at each path, and with
+      `spectral` also ``"spectral": [b.., len(SPECTRAL)]``.
     """
     tree: dict[str, Any] = {}
+    lengths = {"sums": len(SUMS), **({"spectral": len(SPECTRAL)} if spectral else {})}
     for site in sites:
         factors, stack = _at(lora, site.path), module_shape(site)
-        shapes = {"sums": (*stack, len(SUMS))}
-        if sketch:
-            shapes["sketch"] = (*factors["a"].shape[:-1], sketch)
-            shapes["gram"] = (*stack, sketch * sketch)
         dtype = jnp.promote_types(jnp.float32, factors["a"].dtype)
-        taps = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+        taps = {name: jnp.zeros((*stack, length), dtype) for name, length in lengths.items()}
         insert(tree, site.path, {**factors, **taps})
     return tree
 
@@ -97,17 +116,22 @@ def untap(lora: Mapping[str, Any], sites: Sequence[Site]) -> tuple[dict[str, Any
     return tree, taps
 
 
-def watch_input(x: Factor, taps: Sequence[Factor], ragged: Ragged | None = None) -> Factor:
-    """The same activation, seen by the taps on its way into the adapter."""
+def watch_input(
+    x: Factor, taps: Sequence[Factor], summed: Sequence[int] = (), ragged: Ragged | None = None
+) -> Factor:
+    """The same activation, seen by the taps on its way into the adapter.
+
+    Args:
+      x: the activation.
+      taps: the taps of the site, none to see nothing.
+      summed: the labels that the product sums over; none leaves the second moment out.
+      ragged: how a ragged axis is shared out among the modules.
+    """
     if not taps:
         return x
-    sums, *sketch = taps if ragged is None else taps[:1]
-    if sketch:  # not where the weight is transposed: its inputs are the other axis there
-        shared = {n for n in x.labels if any(n in t.labels for t in taps)}
-        sketch = sketch if {*sketch[0].labels} - {RANK} == shared else []
-    own = sketch[0].labels if sketch else ()
-    spec = _Spec(x.labels, sums.labels[:-1], own, ragged.label if ragged else None)
-    zeros = [_like(t.array, x.array) for t in (sums, *sketch)]
+    own = tuple(summed) if len(taps) > 1 else ()
+    spec = _Spec(x.labels, taps[0].labels[:-1], own, ragged.label if ragged else None)
+    zeros = [_like(t.array, x.array) for t in taps]
     return Factor(_input(spec, x.array, _member(ragged), *zeros), x.labels)
 
 
@@ -139,14 +163,14 @@ def _input_forward(
     spec: _Spec, x: jax.Array, member: jax.Array, *taps: jax.Array
 ) -> tuple[jax.Array, Any]:
     seen = {"inputs": jnp.ones_like(x), "input_2": _wide(x) ** 2}
-    sketch = _sketch(spec, x, *taps[1:]) if spec.sketched else ()
-    return x, (member, _sums(spec, taps[0], member, seen), *sketch)
+    more = [_spectral(spec, x, like) for like in taps[1:]]
+    return x, (member, _sums(spec, taps[0], member, seen), *more)
 
 
 def _input_backward(spec: _Spec, seen: Any, grad: jax.Array) -> tuple[Any, ...]:
-    member, sums, *sketch = seen
+    member, sums, *spectral = seen
     more = _sums(spec, sums, member, _moments("input_grad", grad))
-    return grad, jnp.zeros_like(member), sums + more, *sketch
+    return grad, jnp.zeros_like(member), sums + more, *spectral
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,42 +224,60 @@ def _per_module(spec: _Spec, like: jax.Array, values: jax.Array, member: jax.Arr
         return total.sum(-1).reshape(like.shape[:-1])
     summed = tuple(k for k, n in enumerate(spec.labels) if n not in spec.stacked)
     kept = [n for n in spec.labels if n in spec.stacked]
-    total = values.sum(summed)
-    order = [n for n in spec.stacked if n in kept]
-    total = jnp.transpose(total, [kept.index(n) for n in order])
-    missing = [k for k, n in enumerate(spec.stacked) if n not in kept]
-    return jnp.broadcast_to(jnp.expand_dims(total, missing), like.shape[:-1])
+    return _spread(spec, like, Factor(values.sum(summed), tuple(kept)))
 
 
-def _sketch(spec: _Spec, x: jax.Array, sketch: jax.Array, gram: jax.Array) -> list[jax.Array]:
-    """Sums over the inputs x, per module: of x (x . probe), and of the probe times that.
+def _spread(spec: _Spec, like: jax.Array, total: Factor) -> jax.Array:
+    """Values of the modules in the tap's order; a missing axis is one that modules share."""
+    order = [n for n in spec.stacked if n in total.labels]
+    array = jnp.transpose(total.array, [total.labels.index(n) for n in order])
+    missing = [k for k, n in enumerate(spec.stacked) if n not in total.labels]
+    return jnp.broadcast_to(jnp.expand_dims(array, missing), like.shape[:-1])
 
-    The first is a transposed product, so JAX transposes it: shardings come out right.
-    """
-    own = [n for n in spec.sketched if n not in spec.stacked]
-    seen = Factor(_wide(x).astype(sketch.dtype), spec.labels)
+
+def _spectral(spec: _Spec, x: jax.Array, like: jax.Array) -> jax.Array:
+    """Trace and largest eigenvalue of the sum of x x^T over the inputs, per module."""
+    if not spec.summed or spec.ragged is not None:
+        return jnp.zeros_like(like)
+    wide = _wide(x).astype(like.dtype)
+    trace = _per_module(spec, like, wide**2, jnp.zeros(()))
+    top = Factor(automatic(partial(_top, spec), wide), _modules(spec))
+    return jnp.stack([trace, _spread(spec, like, top)], -1)
+
+
+def _modules(spec: _Spec) -> Labels:
+    return tuple(n for n in spec.stacked if n in spec.labels)
+
+
+def _top(spec: _Spec, x: jax.Array) -> jax.Array:
+    """The largest eigenvalue by power iteration, one for each module."""
+    seen, labels = Factor(x, spec.labels), (*_modules(spec), *spec.summed)
     dot = partial(jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST)
+    inner = tuple(range(-len(spec.summed), 0))
 
-    def thin(directions: jax.Array) -> jax.Array:
-        factor = Factor(directions, spec.sketched)
-        return contract(seen, factor, keep={RANK, *spec.labels} - {*own[:-1]}, dot=dot).array
+    def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        v, _ = carry
+        size = jnp.sqrt((v * v).sum(inner, keepdims=True))
+        v = v / jnp.where(size > 0, size, 1)
+        keep = {*spec.labels} - {*spec.summed}
+        projected = contract(seen, Factor(v, labels), keep=keep, dot=dot)
+        w = contract(seen, projected, keep={*labels}, dot=dot)
+        w = jnp.transpose(w.array, [w.labels.index(n) for n in labels])
+        return w, (v * w).sum(inner)
 
-    stack = tuple(k for k, n in enumerate(spec.sketched) if n in spec.stacked)
-    probe = _probe([n for k, n in enumerate(sketch.shape) if k not in stack], sketch.dtype)
-    directions = sketch + jnp.expand_dims(probe, stack)
-    projected, transpose = jax.vjp(thin, directions)
-    [moment] = transpose(projected)
-    other = Factor(moment, tuple(OTHER if n == RANK else n for n in spec.sketched))
-    keep = {RANK, OTHER, *spec.stacked}
-    square = contract(Factor(directions, spec.sketched), other, keep=keep, dot=dot)
-    order = [square.labels.index(n) for n in (*spec.stacked, RANK, OTHER)]
-    return [moment, jnp.transpose(square.array, order).reshape(gram.shape)]
+    start = _start(seen, labels, len(spec.summed))
+    return jax.lax.fori_loop(0, POWER_STEPS, step, (start, start.sum(inner)))[1]
 
 
-def _probe(shape: Sequence[int], dtype: Any) -> jax.Array:
-    """The random directions of a sketch [i.., n]: the same in every module and every run."""
-    flat = jax.random.normal(jax.random.key(0), (math.prod(shape),), dtype)  # compiles fastest
-    return flat.reshape(shape)
+def _start(seen: Factor, labels: Labels, inputs: int) -> jax.Array:
+    """A random vector for every module [b.., i..], varying over mesh axes as the inputs do."""
+    rest = tuple(k for k, n in enumerate(seen.labels) if n not in labels)
+    kept = [n for n in seen.labels if n in labels]
+    zeros = jnp.where(False, seen.array.sum(rest), 0)
+    zeros = jnp.transpose(zeros, [kept.index(n) for n in labels]).astype(seen.array.dtype)
+    shape = zeros.shape[zeros.ndim - inputs :]
+    flat = jax.random.normal(jax.random.key(0), (math.prod(shape),), zeros.dtype)
+    return zeros + flat.reshape(shape)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -237,7 +237,7 @@ def test_stability_prints_slopes_and_advice_and_writes_its_files(study, tmp_path
     out, err = capsys.readouterr()
     assert "slopes of log(quantity) against log(rank)" in out
     assert [line.split()[2] for line in out.splitlines() if line.startswith("rslora  ")][::2] == [
-        *("grad_b", "grad_b_rms", "grad_a", "grad", "signal", "delta"),
+        *("grad_b", "grad_b_rms", "grad_a", "grad", "predicted_fall", "delta"),
         *("output_trained", "input_grad"),
     ]
     assert "rslora: " in out and f"written: {html}" in out and err == ""
@@ -257,6 +257,16 @@ def test_stability_prints_slopes_and_advice_and_writes_its_files(study, tmp_path
 )
 def test_a_study_that_is_none_is_refused_in_one_line(study, name, message, capsys):
     assert stability(name.format(study)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "stability needs a model"), (["own.py:linear", "--ranks", "4"], "name two or more")],
+)
+def test_nothing_to_compare_is_refused_before_anything_runs(arguments, message, capsys):
+    assert cli.main(["stability", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
 

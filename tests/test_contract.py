@@ -256,7 +256,7 @@ def tapped(name):
         grads, taps = untap(grads, sites)
         return outs, (grads, *rest), taps
 
-    return compiled(function)(params.base, tap(params.lora, sites, 2), args)
+    return compiled(function)(params.base, tap(params.lora, sites, spectral=True), args)
 
 
 def with_base(apply, base, lora, *args):

@@ -44,7 +44,7 @@ def row(table, **equals):
 )
 def test_the_slope_of_a_power_law_is_its_exponent(exponent, verdict):
     table = slopes(power_laws({"grad_b": exponent, "predicted_change": exponent}))
-    for name in ("grad_b", "signal"):
+    for name in ("grad_b", "predicted_fall"):
         for time in ("start", "run"):
             found = row(table, quantity=name, time=time)
             assert found["slope"] == pytest.approx(exponent, abs=1e-10)
@@ -86,10 +86,10 @@ def test_the_exponents_of_the_theory_stand_beside_the_slopes():
     ends = {(r["scaling"], r["quantity"]): (r["low"], r["high"]) for r in table.records()}
     assert ends == {
         ("lora", "grad_b"): (-0.5, -0.5),
-        ("lora", "signal"): (0.0, 0.0),
+        ("lora", "predicted_fall"): (0.0, 0.0),
         ("lora", "delta"): (-0.5, 0.0),
         ("rslora", "grad_b"): (0.0, 0.0),
-        ("rslora", "signal"): (0.5, 0.5),
+        ("rslora", "predicted_fall"): (0.5, 0.5),
         ("rslora", "delta"): (0.0, 0.5),
     }
     low = row(slopes(sweep, regime="low"), scaling="lora", quantity="delta", time="start")
@@ -117,7 +117,7 @@ def test_the_names_of_optimizers_are_optax_names():
     [
         (lambda s: slopes(s, optimizer="adamw"), "optimizer must be one of .*found 'adamw'"),
         (lambda s: series(s, "delta"), r"did not record 'delta', only \('loss', 'grad_b'\)"),
-        (lambda s: series(s, "signal"), "did not record 'predicted_change'"),
+        (lambda s: series(s, "predicted_fall"), "did not record 'predicted_change'"),
         (lambda s: against_step(s, "grad"), "did not record 'grad'"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_slope_needs_two_ranks():
 
 
 def test_the_advice_says_what_the_slopes_mean_and_how_the_best_run_ended():
-    sweep = power_laws({"grad": 0.0, "predicted_change": 0.5}, scalings=("rslora",))
+    sweep = power_laws({"grad_b": 0.0, "predicted_change": 0.5}, scalings=("rslora",))
     sweep.traces["loss"][2, -1] = 0.25
     text = advice(sweep)["rslora"]
     assert "Gradient norms do not depend on the rank (slope +0.00)" in text
@@ -147,7 +147,7 @@ def test_the_advice_says_what_the_slopes_mean_and_how_the_best_run_ended():
 
 
 def test_the_advice_names_the_ranks_that_failed():
-    sweep = power_laws({"grad": -0.5})
+    sweep = power_laws({"grad_b": -0.5})
     sweep.traces["loss"][3, 2:] = math.nan
     text = advice(sweep)["lora"]
     assert "shrink as the rank grows" in text
@@ -228,3 +228,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(rl.AdapterError, match="at least two ranks"):
         page.write(tmp_path / "report.html", sweep)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slope_that_its_seeds_do_not_settle_is_unresolved():
+    noisy, clear = (_verdict(Slope(0.2, error, 4), 0.1) for error in (0.08, 0.02))
+    assert (noisy, clear) == ("unresolved", "exploding")
+    assert _verdict(Slope(0.2, None, 4), 0.1) == "exploding"

@@ -132,6 +132,51 @@ def test_activations_are_those_that_a_report_of_the_same_factors_shows():
             np.testing.assert_allclose(sweep.traces[name][run, STEPS], expected, rtol=1e-4)
 
 
+def test_an_embedding_that_shows_no_inputs_is_no_failure():
+    rng = np.random.default_rng(0)
+    base = {"e": rng.normal(size=(7, 6)).astype("float32"), "out": np.ones((6, 2), "float32")}
+    tokens = np.array([1, 4, 4])
+    config = rl.LoraConfig(rank=2, targets=["e"])
+    _, apply, sites = rl.adapt(
+        lambda p, t: jnp.tanh(jnp.asarray(p["e"])[t]) @ p["out"],
+        base,
+        tokens,
+        config=config,
+        key=jax.random.key(0),
+    )
+    sweep = rank_sweep(
+        lambda p, t: (apply(p, t) ** 2).mean(),
+        base,
+        sites,
+        [tokens],
+        ranks=(1, 2),
+        steps=2,
+        quantities=("output_trained", "input_grad"),
+    )
+    assert np.isnan(sweep.traces["input_grad"]).all()
+    assert (sweep.traces["output_trained"][:, 1] > 0).all()
+    assert sweep.failures.rows == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": optax.adam(1e-3)}, "must make a transform from a learning rate"),
+        ({"learning_rates": 1e-3}, "learning_rates must be a tuple or list, found 0.001"),
+        ({"scalings": "lora"}, "scalings must be a tuple or list, found 'lora'"),
+    ],
+)
+def test_likely_mistakes_are_refused_with_the_remedy(options, message):
+    with pytest.raises(rl.AdapterError, match=message):
+        sweep_of(**options)
+
+
+def test_a_lora_params_is_refused_as_base():
+    loss, base, sites, batches, lora = adapted()
+    with pytest.raises(rl.AdapterError, match=r"found a LoraParams: pass params.base"):
+        rank_sweep(loss, rl.LoraParams(base, lora), sites, batches, ranks=RANKS)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_run_equals_the_run_that_was_never_padded(name):
     with jax.enable_x64(True):

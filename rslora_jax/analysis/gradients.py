@@ -24,13 +24,10 @@ from rslora_jax.sites import Site
 from rslora_jax.tables import Table
 from rslora_jax.taps import tap, untap
 
-__all__ = ["ADAM_EPS", "SKETCH", "GradientReport", "gradient_report"]
+__all__ = ["ADAM_EPS", "GradientReport", "gradient_report"]
 
 ADAM_EPS = 1e-8
 """Adam's usual eps: entries of a gradient below it hardly move their parameter."""
-
-SKETCH = 16
-"""Random directions that estimate the largest eigenvalue of the inputs' second moment."""
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +52,8 @@ class GradientReport:
         far the change has gone along the gradient G of the weight;
         ``intrinsic_dim``: r* = tr S / |S| of the inputs' second moment S.
         With `tx`: ``update_a``, ``update_b``, ``update_ratio_a``, ``update_ratio_b`` (over
-        the norm of the factor), ``predicted_change`` of the loss, <g, u>.
+        the norm of the factor), ``update_ratio`` (the change of scale * a @ b over the norm
+        of W), ``predicted_change`` of the loss, <g, u>.
         With `weights`: ``weight_grad`` |G|, ``signal_share`` signal / |G|^2, and
         ``captured``: the share of |G|^2 that a step of the factors can follow.
       means: the mean over all modules of each quantity: for ``grad_b`` the "average
@@ -101,7 +99,7 @@ class GradientReport:
 SHOWN = (
     *("grad_a", "grad_b", "below_eps_b", "output_rms", "output_ratio", "input_grad_rms"),
     *("delta", "delta_2", "delta_ratio", "signal", "intrinsic_dim"),
-    *("update_a", "update_b", "predicted_change", "weight_grad", "captured"),
+    *("update_ratio", "predicted_change", "weight_grad", "captured"),
 )
 """What the printed report shows, in this order; `GradientReport.table` holds everything."""
 
@@ -152,6 +150,11 @@ def gradient_report(
     """
     if not sites:
         raise AdapterError("gradient_report needs at least one site, found none. Adapt a weight.")
+    if not isinstance(params, LoraParams):
+        raise AdapterError(
+            "gradient_report takes the LoraParams that `adapt` returned as `params`, found "
+            f"{type(params).__name__}."
+        )
     factors_of(params.lora, sites)
     _check_scalar(loss_fn, params, args)
     if tx is not None and state is None:
@@ -180,19 +183,22 @@ def _report(request: _Request, params: LoraParams, args: Any, state: Any, eps: A
         return loss_fn(params._replace(base=base, lora=lora), *args)
 
     wanted = (0, 1) if weights else (0,)
-    tapped = tap(params.lora, sites, SKETCH)
+    tapped = tap(params.lora, sites, spectral=True)
     value, (grads, *more) = jax.value_and_grad(loss, wanted)(tapped, matrices)
     grads, taps = untap(grads, sites)
-    updates: Any = {} if tx is None else tx.update(grads, state, params.lora)[0]
+    updates: Any = {}
+    if tx is not None:
+        extended = optax.with_extra_args_support(tx)
+        updates, _ = extended.update(grads, state, params.lora, value=value, grad=grads)
     lora, slopes, moved = (factors_of(tree, sites) for tree in (params.lora, grads, updates))
     modules: dict[str, Quantities] = {}
     for site in sites:
-        here = (site, lora[site.path], slopes[site.path])
+        here, weight = (site, lora[site.path], slopes[site.path]), matrices[site.path]
         modules[site.path] = {
             **magnitudes.gradients(site, slopes[site.path], eps),
             **magnitudes.activations(taps[site.path]),
-            **magnitudes.change(*here, matrices[site.path]),
-            **(magnitudes.update(*here, moved[site.path]) if moved else {}),
+            **magnitudes.change(*here, weight),
+            **(magnitudes.update(*here, moved[site.path], weight) if moved else {}),
             **(magnitudes.captured(*here, more[0][site.path]) if more else {}),
         }
     names = dict.fromkeys(name for found in modules.values() for name in found)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from rslora_jax import norms
-from rslora_jax.decompositions import eigh, svd
+from rslora_jax.decompositions import svd
+from rslora_jax.meshes import automatic
 from rslora_jax.sites import Site
 from rslora_jax.taps import SUMS
 
@@ -21,7 +22,6 @@ __all__ = [
     "captured",
     "change",
     "gradients",
-    "intrinsic_dim",
     "update",
 ]
 
@@ -59,23 +59,17 @@ def activations(taps: Mapping[str, jax.Array]) -> Quantities:
         "input_rms": jnp.sqrt(sums["input_2"] / sums["inputs"]),
         "input_grad_rms": jnp.sqrt(moments["input_grad_2"]),
     }
-    return {**moments, **rms, "intrinsic_dim": intrinsic_dim(sums["input_2"], taps)}
+    return {**moments, **rms, "intrinsic_dim": _intrinsic_dim(taps["spectral"])}
 
 
-def intrinsic_dim(trace: jax.Array, taps: Mapping[str, jax.Array]) -> jax.Array:
-    """r* = tr S / |S|; |S| from a sketch Y = S P with random P (Nystrom).
+def _intrinsic_dim(spectral: jax.Array) -> jax.Array:
+    """r* = tr S / |S| of the inputs' second moment S; NaN where no product showed it.
 
-    S is approximated by Y (P^T Y)^-1 Y^T (Halko, Martinsson & Tropp 2011, section 5.5), whose
-    largest eigenvalue is never above that of S: r* is, if anything, too large.
+    Exact up to the power iteration for one use of a weight; for several the mean of theirs,
+    weighted by their largest eigenvalues.
     """
-    stack, n = trace.shape, taps["sketch"].shape[-1]
-    sketch = taps["sketch"].reshape(*stack, -1, n)
-    values, vectors = eigh(taps["gram"].reshape(*stack, n, n))
-    known = values > 1e-5 * values[..., -1:]
-    scaled = vectors * jnp.where(known, 1 / jnp.sqrt(jnp.where(known, values, 1)), 0)[..., None, :]
-    half = jnp.matmul(sketch, scaled, precision=jax.lax.Precision.HIGHEST)
-    square = jnp.einsum("...in,...im->...nm", half, half, precision=jax.lax.Precision.HIGHEST)
-    return trace / eigh(square)[0][..., -1]
+    trace, top = spectral[..., 0], spectral[..., 1]
+    return trace / jnp.where(top > 0, top, jnp.nan)
 
 
 def change(site: Site, factors: Any, grads: Any, weight: Any) -> Quantities:
@@ -89,16 +83,16 @@ def change(site: Site, factors: Any, grads: Any, weight: Any) -> Quantities:
     }
 
 
-def update(site: Site, factors: Any, grads: Any, updates: Any) -> Quantities:
+def update(site: Site, factors: Any, grads: Any, updates: Any, weight: Any) -> Quantities:
     """The optimizer's own update, and the change of the loss that it predicts."""
     sizes, before = norms.factor_norm(site, updates), norms.factor_norm(site, factors)
     found = {f"update_{name}": sizes[name] for name in "ab"}
     # At b = 0 there is nothing to compare an update with.
-    ratios = {
-        f"update_ratio_{n}": sizes[n] / jnp.where(before[n], before[n], jnp.nan) for n in "ab"
-    }
-    change = norms.inner(site, grads, updates)
-    return {**found, **ratios, "predicted_change": change["a"] + change["b"]}
+    some = {name: jnp.where(size, size, jnp.nan) for name, size in before.items()}
+    ratios = {f"update_ratio_{name}": sizes[name] / some[name] for name in "ab"}
+    moved = norms.moved_norm(site, factors, updates) / norms.weight_norm(site, weight)
+    inner = norms.inner(site, grads, updates)
+    return {**found, **ratios, "update_ratio": moved, "predicted_change": inner["a"] + inner["b"]}
 
 
 def captured(site: Site, factors: Any, grads: Any, weight_grad: Any) -> Quantities:
@@ -109,7 +103,7 @@ def captured(site: Site, factors: Any, grads: Any, weight_grad: Any) -> Quantiti
     grad = jnp.transpose(weight_grad.astype(a.dtype), order)
     grad = grad.reshape(*stack, a.shape[-2], b.shape[-1])
     total = (grad**2).sum((-2, -1))
-    rest = _without(_without(grad, a).mT, b.mT)
+    rest = automatic(lambda g, a, b: _without(_without(g, a).mT, b.mT), grad, a, b)
     return {
         "weight_grad": jnp.sqrt(total),
         "signal_share": -norms.inner(site, factors, grads)["b"] / total,

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rslora_jax.analysis.spectra.meshes import automatic
 from rslora_jax.analysis.spectra.pairs import Pair, pairs
 from rslora_jax.factors import LoraParams
 from rslora_jax.merge import merge
+from rslora_jax.meshes import automatic
 from rslora_jax.paths import AdapterError
 from rslora_jax.sites import Site
 from rslora_jax.tables import Table

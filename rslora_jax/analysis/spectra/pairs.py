@@ -50,16 +50,16 @@ def pairs(base: Any, tuned: Any, sites: Sequence[Site] | None = None) -> tuple[P
       base: the tree before fine-tuning.
       tuned: the tree after.
       sites: give the roles of the axes (from `find_sites` or `adapt`), and choose the
-        weights. None takes every floating leaf of two or more axes, the last one as output
-        and the others as inputs: wrong for stacked layers, experts and kernels with two
-        output axes, which need sites.
+        weights. None takes every floating leaf of two axes, as [inputs, outputs]; a tree with
+        more axes anywhere (stacked layers, experts, attention heads) needs sites.
 
     Returns:
       The pairs, in the order of the sites, or of the tree.
 
     Raises:
       AdapterError: if the trees do not match, with the paths and both shapes; if a site
-        does not fit them; or if they hold no matrix.
+        does not fit them; if they hold no matrix, or a leaf of three or more axes and no
+        sites are given.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,11 +121,19 @@ def _check_match(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 
 def _axes_of(leaves: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        path: "i" * (jnp.ndim(leaf) - 1) + "o"
+    matrices = {
+        path: jnp.shape(leaf)
         for path, leaf in leaves.items()
         if jnp.ndim(leaf) >= 2 and math.prod(jnp.shape(leaf)) and _is_floating(leaf)
     }
+    for path, shape in matrices.items():
+        if len(shape) > 2:
+            raise AdapterError(
+                f"{path!r} has shape {shape}: which of its axes are stacked, inputs or outputs "
+                "cannot be read off it, and beside stacked layers even biases look like "
+                "matrices. Pass sites=rl.find_sites(apply_fn, params, *args)."
+            )
+    return dict.fromkeys(matrices, "io")
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rslora_jax.analysis.spectra.meshes import automatic
 from rslora_jax.axes import delta_subscripts, fan_in, fan_out
 from rslora_jax.decompositions import qr, svd
+from rslora_jax.meshes import automatic
 from rslora_jax.paths import AdapterError
 
 __all__ = ["DeltaSvd", "delta_svd"]

@@ -12,6 +12,7 @@ GRADIENT = {
     "collapsing": "Gradient norms shrink as the rank grows, so that clipping thresholds and "
     "Adam's eps lose their meaning, and plain SGD learns ever more slowly",
     "exploding": "Gradient norms grow with the rank, so that a clip comes to rule the step",
+    "unresolved": "Whether gradient norms depend on the rank is not clear from these seeds",
     "unknown": "Gradient norms were not measured at two ranks",
 }
 PROGRESS = {
@@ -21,6 +22,8 @@ PROGRESS = {
     "rate, or use a scale that falls more slowly with the rank",
     "exploding": "the first step is predicted to do more at high ranks: they diverge first, and "
     "need a lower learning rate",
+    "unresolved": "whether the first step's predicted progress depends on the rank is not clear "
+    "from these seeds",
     "unknown": "the first step's predicted progress could not be fitted",
 }
 
@@ -29,7 +32,7 @@ def advice(sweep: Sweep, optimizer: str | None = None) -> dict[str, str]:
     """A recommendation for each scaling, from the verdicts at its first learning rate.
 
     Args:
-      sweep: with `grad` and `predicted_change` among its quantities.
+      sweep: with `grad_b` and `predicted_change` among its quantities.
       optimizer: as in `slopes`.
 
     Returns:
@@ -39,7 +42,7 @@ def advice(sweep: Sweep, optimizer: str | None = None) -> dict[str, str]:
       >>> from rslora_jax.analysis.sweeps.budget import Budget
       >>> from rslora_jax.analysis.sweeps.runs import grid
       >>> runs = grid((4, 16), ("rslora",), (0,), (0.1,))
-      >>> seen = {"loss": np.ones((2, 2)), "grad": np.ones((2, 2))}
+      >>> seen = {"loss": np.ones((2, 2)), "grad_b": np.ones((2, 2))}
       >>> sweep = Sweep(runs, seen, Budget(0, 0, 2, 1, 1), {}, "sgd", "kaiming")
       >>> advice(sweep)["rslora"].split(" (")[0]
       'Gradient norms do not depend on the rank'
@@ -53,8 +56,8 @@ def advice(sweep: Sweep, optimizer: str | None = None) -> dict[str, str]:
 
 def _sentences(sweep: Sweep, scaling: str, rows: list[dict[str, object]]) -> str:
     by_name = {row["quantity"]: row for row in rows}
-    gradient = _judged(GRADIENT, by_name.get("grad"))
-    progress = _judged(PROGRESS, by_name.get("signal"))
+    gradient = _judged(GRADIENT, by_name.get("grad_b"))
+    progress = _judged(PROGRESS, by_name.get("predicted_fall"))
     return f"{gradient}; {progress}. {_best(sweep, scaling)}{_failed(sweep, scaling)}"
 
 

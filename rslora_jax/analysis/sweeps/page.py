@@ -114,7 +114,7 @@ def _figures(sweep: Sweep, optimizer: str | None, rate: float | None) -> list[st
             found.append(_figure(against_step(sweep, quantity, rate), caption))
     names = [n for n, start in STARTS.items() if n in {"grad_b", "grad", "delta"} & {*sweep.traces}
              and sweep.steps > start]  # fmt: skip
-    names += ["signal"] if "predicted_change" in sweep.traces else []
+    names += ["predicted_fall"] if "predicted_change" in sweep.traces else []
     if names:
         plot = against_rank(sweep, names, rate, optimizer)
         found.append(_figure(plot, "Magnitudes around the first step against the rank"))

@@ -18,7 +18,7 @@ LABELS = {
     "grad_b": "gradient norm of b",
     "grad_b_rms": "rms gradient of b",
     "delta": "norm of the change of a weight",
-    "signal": "predicted fall of the loss",
+    "predicted_fall": "predicted fall of the loss",
     "output_trained": "rms adapter output",
     "input_grad": "rms gradient into the input",
 }
@@ -74,7 +74,7 @@ def against_step(sweep: Sweep, quantity: str = "grad", learning_rate: float | No
 
 def against_rank(
     sweep: Sweep,
-    quantities: Sequence[str] = ("grad_b", "grad", "signal", "delta"),
+    quantities: Sequence[str] = ("grad_b", "grad", "predicted_fall", "delta"),
     learning_rate: float | None = None,
     optimizer: str | None = None,
 ) -> Any:

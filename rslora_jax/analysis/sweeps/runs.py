@@ -76,6 +76,10 @@ def grid(
       >>> [run.scaling for run in grid((4,), ("lora", "rslora"), (0,), (0.1,))]
       ['lora', 'rslora']
     """
+    given = {"ranks": ranks, "scalings": scalings, "seeds": seeds, "learning_rates": learning_rates}
+    for name, values in given.items():
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            raise AdapterError(f"{name} must be a tuple or list, found {values!r}. Write (x,).")
     _check_ranks(ranks)
     names = [_name(scaling) for scaling in scalings]
     _check_distinct(names, "scalings")

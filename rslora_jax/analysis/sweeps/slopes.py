@@ -13,10 +13,14 @@ from rslora_jax.tables import Table
 
 __all__ = ["FAMILIES", "Slope", "fit", "series", "slopes"]
 
-STARTS = {"grad_b": 0, "grad_b_rms": 0, "grad_a": 1, "grad": 1, "signal": 0, "delta": 1,
+STARTS = {"grad_b": 0, "grad_b_rms": 0, "grad_a": 1, "grad": 1, "predicted_fall": 0, "delta": 1,
           "output_trained": 1, "input_grad": 1}  # fmt: skip
-"""The step at which the theory speaks of a quantity. The signal of the first step is read off
-the optimizer's own update there, -<g, u>: on the batch that the step was made for."""
+"""The step at which the theory speaks of a quantity. `predicted_fall` is -<g, u>, the fall of
+the loss that the optimizer's own update predicts on its batch: for the first step, the signal
+of the theory."""
+
+THEORY = {"predicted_fall": "signal"}
+"""The theory's name of a quantity, where it is another."""
 
 COLUMNS = ("scaling", "learning_rate", "quantity", "time", "slope", "error", "ranks", "verdict",
            "low", "high")  # fmt: skip
@@ -97,19 +101,19 @@ def slopes(
 
 
 def series(sweep: Sweep, quantity: str) -> np.ndarray:
-    """A quantity of the theory as [runs, steps]; the signal is that of each step's update.
+    """A quantity as [runs, steps]; `predicted_fall` is minus `predicted_change`.
 
     Raises:
       AdapterError: if the sweep did not record it.
     """
-    source = "predicted_change" if quantity == "signal" else quantity
+    source = "predicted_change" if quantity == "predicted_fall" else quantity
     if source not in sweep.traces:
         raise AdapterError(
             f"The sweep did not record {source!r}, only {tuple(sweep.traces)}. Add it to "
             "rank_sweep's `quantities`."
         )
     values = np.asarray(sweep.traces[source], float)
-    return -values if quantity == "signal" else values
+    return -values if quantity == "predicted_fall" else values
 
 
 def fit(sweep: Sweep, logs: np.ndarray, scaling: str, learning_rate: float) -> Slope:
@@ -132,7 +136,7 @@ def fit(sweep: Sweep, logs: np.ndarray, scaling: str, learning_rate: float) -> S
 def _series(sweep: Sweep) -> Iterator[tuple[str, str, np.ndarray]]:
     """The logarithms [runs] of each quantity, at the start and over the run."""
     for quantity, start in STARTS.items():
-        source = "predicted_change" if quantity == "signal" else quantity
+        source = "predicted_change" if quantity == "predicted_fall" else quantity
         if source not in sweep.traces:
             continue
         logs = _logs(series(sweep, quantity))
@@ -161,8 +165,15 @@ def _row(slope: Slope, tolerance: float) -> Mapping[str, Any]:
         "slope": round(slope.mean, 12),
         "error": slope.error,
         "ranks": slope.ranks,
-        "verdict": verdict(slope.mean, tolerance),
+        "verdict": _verdict(slope, tolerance),
     }
+
+
+def _verdict(slope: Slope, tolerance: float) -> str:
+    """The verdict, or ``"unresolved"`` where two standard errors lead to another one."""
+    spread = 2 * (slope.error or 0.0)
+    found = {verdict(slope.mean + shift, tolerance) for shift in (-spread, 0.0, spread)}
+    return found.pop() if len(found) == 1 else "unresolved"
 
 
 def _theory(
@@ -171,5 +182,5 @@ def _theory(
     init, regime = setting
     found: Exponent | None = None
     if family is not None and quantity and scaling in SCALINGS:
-        found = theory(scaling, family, init, regime)[quantity]
+        found = theory(scaling, family, init, regime)[THEORY.get(quantity, quantity)]
     return {"low": found and found.low, "high": found and found.high}

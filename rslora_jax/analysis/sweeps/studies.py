@@ -86,6 +86,7 @@ def _imported(path: Path) -> ModuleType:
 def _checked(name: str, made: Any) -> Study:
     if not isinstance(made, tuple) or len(made) != len(Study._fields):
         raise AdapterError(
-            f"{name} must return (loss_fn, base, sites, batches), found {type(made).__name__}."
+            f"{name} must return (loss_fn, base, sites, batches), found {type(made).__name__}"
+            f"{f' of {len(made)}' if isinstance(made, tuple) else ''}."
         )
     return Study(*made)

@@ -181,6 +181,13 @@ def rank_sweep(  # noqa: PLR0913 - every argument is a choice of the experiment
       >>> sweep.traces["grad_b"].shape, len(sweep.table().rows)
       ((6, 3), 18)
     """
+    if isinstance(base, LoraParams):
+        raise AdapterError("base must be the frozen tree, found a LoraParams: pass params.base.")
+    if not callable(optimizer):
+        raise AdapterError(
+            f"optimizer must make a transform from a learning rate, such as optax.adam, found "
+            f"{type(optimizer).__name__}. Pass the function, and its rates as learning_rates."
+        )
     runs = grid(ranks, scalings, seeds, learning_rates)
     data = run_data(runs, sites, scalings, alpha, init)
     config = LoraConfig(rank=1, init=DRAWS.get(init, init), scaling="lora", dtype=dtype)

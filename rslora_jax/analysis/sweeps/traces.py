@@ -65,13 +65,10 @@ def _grad_b_rms(moment: Moment) -> jax.Array:
 
 
 def _rms(moment: Moment, name: str, count: str) -> jax.Array:
-    """The root mean square of an activation over everything that a module saw."""
-
-    def rms(site: Site) -> jax.Array:
-        sums = moment.taps[site.path]["sums"]
-        return jnp.sqrt(sums[..., SUMS.index(name)] / sums[..., SUMS.index(count)])
-
-    return moment.mean(rms)
+    """The root mean square of an activation, the mean over the modules that show it."""
+    sums = [moment.taps[site.path]["sums"].reshape(-1, len(SUMS)) for site in moment.sites]
+    every = jnp.concatenate(sums)
+    return jnp.nanmean(jnp.sqrt(every[:, SUMS.index(name)] / every[:, SUMS.index(count)]))
 
 
 ACTIVATIONS: dict[str, Callable[[Moment], jax.Array]] = {
