@@ -16,7 +16,7 @@ from rslora_jax.analysis.sweeps.advice import advice
 from rslora_jax.analysis.sweeps.budget import Budget
 from rslora_jax.analysis.sweeps.plots import against_rank, against_step
 from rslora_jax.analysis.sweeps.runs import grid
-from rslora_jax.analysis.sweeps.slopes import FAMILIES, series, slopes
+from rslora_jax.analysis.sweeps.slopes import FAMILIES, Slope, judged, series, slopes
 from rslora_jax.analysis.sweeps.sweep import Sweep
 
 RANKS = (2, 4, 16, 64)
@@ -231,6 +231,6 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
 
 
 def test_a_slope_that_its_seeds_do_not_settle_is_unresolved():
-    noisy, clear = (_verdict(Slope(0.2, error, 4), 0.1) for error in (0.08, 0.02))
+    noisy, clear = (judged(Slope(0.2, error, 4), 0.1) for error in (0.08, 0.02))
     assert (noisy, clear) == ("unresolved", "exploding")
-    assert _verdict(Slope(0.2, None, 4), 0.1) == "exploding"
+    assert judged(Slope(0.2, None, 4), 0.1) == "exploding"

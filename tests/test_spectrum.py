@@ -288,12 +288,19 @@ def test_sizes_out_of_range_are_refused(wrong):
         delta_spectrum(tree, tree, **wrong)
 
 
-def test_without_sites_the_last_axis_is_the_output():
-    tree = {"o": jnp.ones((2, 3, 8)), "w": jnp.ones((4, 8)), "bias": jnp.ones(8)}
+def test_without_sites_a_matrix_is_inputs_by_outputs():
+    tree = {"w": jnp.ones((4, 8)), "bias": jnp.ones(8)}
     assert [(pair.path, pair.axes, pair.matrix) for pair in pairs(tree, tree)] == [
-        ("o", "iio", (6, 8)),
-        ("w", "io", (4, 8)),
+        ("w", "io", (4, 8))
     ]
+
+
+def test_a_leaf_of_three_axes_asks_for_sites():
+    tree = {"layers": {"w": jnp.ones((2, 4, 8)), "bias": jnp.ones((2, 8))}}
+    with pytest.raises(rl.AdapterError, match=r"'layers/w' has shape \(2, 4, 8\).*Pass sites="):
+        delta_spectrum(tree, tree)
+    site = rl.Site("layers/w", "bio", (2, 4, 8), "float32")
+    assert [pair.path for pair in pairs(tree, tree, [site])] == ["layers/w"]
 
 
 def test_leaves_that_moved_without_being_a_matrix_are_reported():

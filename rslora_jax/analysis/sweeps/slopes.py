@@ -11,7 +11,7 @@ from rslora_jax.analysis.sweeps.sweep import Sweep
 from rslora_jax.paths import AdapterError
 from rslora_jax.tables import Table
 
-__all__ = ["FAMILIES", "Slope", "fit", "series", "slopes"]
+__all__ = ["FAMILIES", "Slope", "fit", "judged", "series", "slopes"]
 
 STARTS = {"grad_b": 0, "grad_b_rms": 0, "grad_a": 1, "grad": 1, "predicted_fall": 0, "delta": 1,
           "output_trained": 1, "input_grad": 1}  # fmt: skip
@@ -165,11 +165,11 @@ def _row(slope: Slope, tolerance: float) -> Mapping[str, Any]:
         "slope": round(slope.mean, 12),
         "error": slope.error,
         "ranks": slope.ranks,
-        "verdict": _verdict(slope, tolerance),
+        "verdict": judged(slope, tolerance),
     }
 
 
-def _verdict(slope: Slope, tolerance: float) -> str:
+def judged(slope: Slope, tolerance: float) -> str:
     """The verdict, or ``"unresolved"`` where two standard errors lead to another one."""
     spread = 2 * (slope.error or 0.0)
     found = {verdict(slope.mean + shift, tolerance) for shift in (-spread, 0.0, spread)}
