@@ -44,7 +44,7 @@ every_tapped = pytest.mark.parametrize(
         "nnx_layers",
         "per_expert_slices",
         "ragged_dot",
-        "shard_map_with_a_sharded_contraction",
+        "shard_map_with_a_replicated_weight",
         "vmap_over_activations",
         "weights_constrained_to_a_sharding",
     ],
