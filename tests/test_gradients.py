@@ -240,7 +240,7 @@ def test_the_share_below_eps_counts_entries():
     assert ADAM_EPS == optax.adam.__defaults__[2]
 
 
-def second_moment(spectrum, rows=1500):
+def second_moment(spectrum, rows=800):
     """Inputs [rows, n] whose second moment has exactly this spectrum."""
     rng = np.random.default_rng(0)
     left, _ = np.linalg.qr(rng.normal(size=(rows, len(spectrum))))
@@ -254,9 +254,9 @@ SPECTRA = {
     "isotropic": (np.ones(64), 1e-3),
     "1/i": (1 / np.arange(1, 65), 0.02),
     "exponential": (0.8 ** np.arange(64), 0.1),
-    "wide, 1/i": (1 / np.arange(1, 1025), 0.02),
-    "wide, 1/sqrt(i)": (np.arange(1, 1025) ** -0.5, 0.1),
-    "wide, a spike": (np.where(np.arange(1024) == 0, 5.0, 1.0), 0.02),
+    "wide, 1/i": (1 / np.arange(1, 513), 0.02),
+    "wide, 1/sqrt(i)": (np.arange(1, 513) ** -0.5, 0.1),
+    "wide, a spike": (np.where(np.arange(512) == 0, 5.0, 1.0), 0.02),
 }
 
 
