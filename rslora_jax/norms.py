@@ -39,9 +39,9 @@ class Svd(NamedTuple):
     """The singular value decomposition u @ diag(s) @ vt of scale * a @ b, per module.
 
     Attributes:
-      u: left vectors [b.., inputs, r].
-      s: singular values [b.., r], falling.
-      vt: right vectors [b.., r, outputs].
+      u: left vectors [b.., inputs, k], k the least of inputs, outputs and rank.
+      s: singular values [b.., k], falling.
+      vt: right vectors [b.., k, outputs].
     """
 
     u: jax.Array

@@ -5,7 +5,9 @@ product of the site it stands in a function with a derivative rule of its own, w
 "gradient" for the tap is a row of sums: of powers of the adapter's input and output in the
 forward pass, and of their gradients in the backward pass. So one `value_and_grad` over
 factors and taps measures activations through scan, remat, branches, shard_map and jit; sums
-over several uses of a weight, over layers of a loop and over shards add up by themselves.
+over several uses of a weight, over layers of a loop and over shards of the data add up by
+themselves. Where a shard_map splits the inputs of a product, what a shard computes is a part
+of each output, and the taps stay outside (`control`).
 """
 
 import math
