@@ -1,7 +1,7 @@
 """Rank-stabilized LoRA for any Flax (or other JAX) model, without touching the model."""
 
 from rslora_jax import analysis, optim
-from rslora_jax.adapt import Adapted, adapt, value_and_grad
+from rslora_jax.adapt import Adapted, adapt, attach, value_and_grad
 from rslora_jax.config import LoraConfig, Rule, scale
 from rslora_jax.discover import find_sites
 from rslora_jax.factors import LoraParams
@@ -21,6 +21,7 @@ __all__ = [
     "Sites",
     "adapt",
     "analysis",
+    "attach",
     "describe",
     "find_sites",
     "merge",

@@ -16,7 +16,7 @@ from rslora_jax.sites import Site, Sites
 from rslora_jax.targets import choose
 from rslora_jax.tracing import Held, evaluate, settle
 
-__all__ = ["Adapted", "adapt", "value_and_grad"]
+__all__ = ["Adapted", "adapt", "attach", "value_and_grad"]
 
 
 class Adapted(NamedTuple):
@@ -91,7 +91,50 @@ def adapt(
     )
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in program.base.leaves)
     lora = structs if abstract else init(key, sites, config)
-    return Adapted(LoraParams(params, lora), _applier(apply_fn, sites), sites)
+    return Adapted(LoraParams(params, lora), attach(apply_fn, sites), sites)
+
+
+def attach(apply_fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[..., Any]:
+    """The function that applies adapters whose sites are known already.
+
+    `adapt` finds sites and makes factors for them; `attach` serves sites and factors that
+    were loaded, restored or computed.
+
+    Args:
+      apply_fn: ``apply_fn(params, *args, **kwargs)``, the original function.
+      sites: sites with ranks and scales.
+
+    Returns:
+      ``apply(params, *args, **kwargs)`` of a `LoraParams`, with the outputs of `apply_fn`.
+      It raises an AdapterError when called with factors or a base that the sites do not fit.
+
+    Raises:
+      AdapterError: if a site has no rank, or two sites are one weight.
+
+    Example:
+      >>> import jax.numpy as jnp, rslora_jax as rl
+      >>> site = rl.Site("w", "io", (2, 2), "float32", rank=1, alpha=2.0, scale=2.0)
+      >>> lora = {"w": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 2))}}
+      >>> apply = attach(lambda p, x: x @ p["w"], [site])
+      >>> apply(rl.LoraParams({"w": jnp.zeros((2, 2))}, lora), jnp.ones((1, 2))).tolist()
+      [[4.0, 4.0]]
+    """
+    _check_sites(sites)
+
+    def apply(params: LoraParams, *args: Any, **kwargs: Any) -> Any:
+        """The original function, with the adapters of `params` applied."""
+        if not isinstance(params, LoraParams):
+            raise AdapterError(
+                f"apply takes the LoraParams that `adapt` returned, found {_kind(params)}. "
+                "For the base model alone pass LoraParams(base, {})."
+            )
+        if not params.lora:
+            return apply_fn(params.base, *args, **kwargs)
+        program = capture(apply_fn, params.base, args, kwargs)
+        weights = [program.base.leaves[k] for k in program.weights]
+        return program.rebuild(_run(program, sites, params.lora, weights, program.inputs))
+
+    return apply
 
 
 def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
@@ -132,25 +175,12 @@ def value_and_grad(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callab
     return function
 
 
-def _applier(apply_fn: Callable[..., Any], sites: Sites) -> Callable[..., Any]:
-    def apply(params: LoraParams, *args: Any, **kwargs: Any) -> Any:
-        """The original function, with the adapters of `params` applied."""
-        if not isinstance(params, LoraParams):
-            raise AdapterError(
-                f"apply takes the LoraParams that `adapt` returned, found {_kind(params)}. "
-                "For the base model alone pass LoraParams(base, {})."
-            )
-        if not params.lora:
-            return apply_fn(params.base, *args, **kwargs)
-        program = capture(apply_fn, params.base, args, kwargs)
-        weights = [program.base.leaves[k] for k in program.weights]
-        return program.rebuild(_run(program, sites, params.lora, weights, program.inputs))
-
-    return apply
-
-
 def _run(
-    program: Program, sites: Sites, lora: Any, weights: Sequence[Any], inputs: Sequence[Any]
+    program: Program,
+    sites: Sequence[Site],
+    lora: Any,
+    weights: Sequence[Any],
+    inputs: Sequence[Any],
 ) -> list[Any]:
     """The program's outputs, with the sites' weights held as base and factors."""
     factors = factors_of(lora, sites)
@@ -179,6 +209,18 @@ def _check_base(site: Site, weight: Any) -> None:
             f"The site {site.path!r} needs a base weight of shape {site.shape}, found "
             f"{'none' if found is None else found}. Pass the parameters that were adapted."
         )
+
+
+def _check_sites(sites: Sequence[Site]) -> None:
+    paths = [site.path for site in sites]
+    for site in sites:
+        if site.rank is None or site.scale is None:
+            raise AdapterError(
+                f"attach needs sites with ranks and scales, found {site.path!r} without. Pass the "
+                "sites that came with the factors; `adapt` gives ranks to sites that were found."
+            )
+        if paths.count(site.path) > 1:
+            raise AdapterError(f"attach needs one site for each weight, found two {site.path!r}.")
 
 
 def _check_call(config: Any, key: Any) -> None:

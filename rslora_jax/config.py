@@ -16,7 +16,7 @@ __all__ = ["LoraConfig", "Rule", "scale"]
 Scaling: TypeAlias = Literal["rslora", "lora"]
 Init: TypeAlias = str | Callable[..., Any]
 
-SCALINGS = ("rslora", "lora")
+SCALINGS: tuple[Scaling, ...] = ("rslora", "lora")
 INITS = ("kaiming", "normal")
 UNSUPPORTED = ("error", "merge")
 

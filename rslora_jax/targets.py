@@ -4,16 +4,18 @@ Every request that would silently do nothing is refused, with the nearest paths.
 """
 
 import dataclasses
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from rslora_jax.axes import fan_in, fan_out
-from rslora_jax.config import LoraConfig, Rule, scale
+from rslora_jax.config import SCALINGS, LoraConfig, Rule, Scaling, scale
 from rslora_jax.paths import AdapterError, nearest
 from rslora_jax.sites import Left, Site, Sites
 
-__all__ = ["choose"]
+__all__ = ["choose", "config_of", "scaling_of"]
 
 
 def choose(found: Sites, config: LoraConfig) -> Sites:
@@ -39,6 +41,74 @@ def choose(found: Sites, config: LoraConfig) -> Sites:
         raise AdapterError(_nothing(found, config, excluded))
     _warn_wide(sites)
     return Sites(sites, _left(found, sites, excluded), found.total)
+
+
+def config_of(sites: Sequence[Site]) -> LoraConfig:
+    """The config that makes `adapt` give these sites again: the inverse of `choose`.
+
+    Args:
+      sites: sites with rank, alpha and scale.
+
+    Returns:
+      A config that targets exactly these paths, with a rule for each site whose rank or
+      alpha is not the most common one. The dtype of the factors is left at its default.
+
+    Raises:
+      AdapterError: if there are no sites, a site has no rank, or no scaling gives all scales.
+
+    Example:
+      >>> site = Site("w", "io", (2, 2), "float32", rank=4, alpha=2.0, scale=1.0)
+      >>> config = config_of([site])
+      >>> config.rank, config.alpha, config.scaling, config.targets
+      (4, 2.0, 'rslora', 'w')
+    """
+    if not sites:
+        raise AdapterError("A config was asked for, found no sites: name at least one.")
+    scaling = scaling_of(sites)
+    pairs = Counter((site.rank, site.alpha) for site in sites)
+    rank, alpha = pairs.most_common(1)[0][0]
+    assert rank is not None and alpha is not None  # `scaling_of` has seen to it
+    rules = tuple(
+        Rule(re.escape(site.path), site.rank, site.alpha)
+        for site in sites
+        if (site.rank, site.alpha) != (rank, alpha)
+    )
+    targets = "|".join(re.escape(site.path) for site in sites)
+    merge = "merge" if any(site.merge for site in sites) else "error"
+    return LoraConfig(rank, alpha, targets, (), rules, scaling, unsupported=merge)
+
+
+def scaling_of(sites: Sequence[Site]) -> Scaling:
+    """The scaling rule that gives the scale of every site; ``"rslora"`` if both do (rank 1).
+
+    Raises:
+      AdapterError: if a site has no rank, alpha or scale, or neither rule gives all scales.
+
+    Example:
+      >>> scaling_of([Site("w", "io", (2, 2), "float32", rank=4, alpha=2.0, scale=0.5)])
+      'lora'
+    """
+    wrong: dict[Scaling, Site] = {}
+    for scaling in SCALINGS:
+        misfits = [site for site in sites if not _is_scaled(site, scaling)]
+        if not misfits:
+            return scaling
+        wrong[scaling] = misfits[0]
+    found = "; ".join(
+        f"{site.path!r} (rank {site.rank}, alpha {site.alpha:g}) has {site.scale:g}, and "
+        f"{scaling!r} gives {scale(site.alpha or 1, site.rank or 1, scaling):g}"
+        for scaling, site in wrong.items()
+    )
+    raise AdapterError(
+        f"Scales must be alpha/sqrt(r) or alpha/r for all sites alike, found {found}. Use sites "
+        "of one scaling: `algebra.convert` changes it."
+    )
+
+
+def _is_scaled(site: Site, scaling: str) -> bool:
+    if site.rank is None or site.alpha is None or site.scale is None:
+        raise AdapterError(f"{site.path!r} has no adapter yet: `adapt` gives it a rank.")
+    return math.isclose(site.scale, scale(site.alpha, site.rank, scaling), rel_tol=1e-6)
 
 
 def _target(found: Sites, config: LoraConfig) -> dict[str, str]:
