@@ -11,7 +11,7 @@ import numpy as np
 
 from rslora_jax.paths import AdapterError
 
-__all__ = ["LoraConfig", "Rule", "scale"]
+__all__ = ["SCALINGS", "LoraConfig", "Rule", "Scaling", "alpha_of", "scale"]
 
 Scaling: TypeAlias = Literal["rslora", "lora"]
 Init: TypeAlias = str | Callable[..., Any]
@@ -43,6 +43,34 @@ def scale(alpha: float, rank: int, scaling: str = "rslora") -> float:
     rank, alpha = _rank(rank, "rank"), _alpha(alpha, "alpha")
     _check_choice(scaling, SCALINGS, "scaling")
     return alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
+
+
+def alpha_of(scale: float, rank: int, scaling: str = "rslora") -> float:
+    """The alpha at which a rank has this scale: the inverse of `scale`.
+
+    Args:
+      scale: the number that multiplies a @ b, positive.
+      rank: the rank r, at least 1.
+      scaling: ``"rslora"`` for scale * sqrt(r), ``"lora"`` for scale * r.
+
+    Returns:
+      The alpha whose scale is nearest: the same float64, or its neighbour where rounding
+      leaves no alpha for it.
+
+    Raises:
+      AdapterError: if an argument is out of range.
+
+    Example:
+      >>> alpha_of(2.0, 64), alpha_of(0.25, 64, "lora")
+      (16.0, 16.0)
+    """
+    wanted, unit = _alpha(scale, "scale"), _scale(1.0, rank, scaling)
+    middle = wanted / unit
+    near = (middle, math.nextafter(middle, 0), math.nextafter(middle, math.inf))
+    return min(near, key=lambda alpha: abs(_scale(alpha, rank, scaling) - wanted))
+
+
+_scale = scale  # `alpha_of` has an argument of that name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ __all__ = [
     "delta_norm",
     "factor_norm",
     "factored_svd",
+    "factors_from",
     "inner",
     "matrices",
     "module_count",
@@ -159,6 +160,39 @@ def _thin_svd(scale: float, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]
     u, s, vt = svd(core)
     left = jnp.matmul(qa, u, precision=HIGHEST)
     return left, s, jnp.matmul(vt, jnp.swapaxes(qb, -2, -1), precision=HIGHEST)
+
+
+def factors_from(site: Site, svd: Svd) -> dict[str, jax.Array]:
+    """The factors whose scale * a @ b is the first `site.rank` triplets of `svd`.
+
+    a = u sqrt(s / scale) and b = sqrt(s / scale) v^T share it evenly. By the theorem of Eckart
+    and Young (1936) no other factors of this rank come nearer to what was decomposed.
+
+    Args:
+      site: gives shape, rank and scale.
+      svd: triplets u, s, vt; where there are fewer than the rank the rest is zero.
+
+    Returns:
+      ``{"a": [b.., i.., r], "b": [b.., r, o..]}`` in the dtype of `svd`.
+
+    Example:
+      >>> import jax.numpy as jnp, rslora_jax as rl
+      >>> site = rl.Site("w", "io", (4, 9), "float32", rank=1, alpha=2.0, scale=2.0)
+      >>> svd = factored_svd(site, {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 9))})
+      >>> factors = factors_from(site, svd)
+      >>> (factors["a"] @ factors["b"])[0, 0].round(3).item()
+      1.0
+    """
+    assert site.rank is not None
+    k = min(site.rank, svd.s.shape[-1])
+    root = jnp.sqrt(svd.s[..., :k] / _scale(site))
+    a = svd.u[..., :k] * root[..., None, :]
+    b = root[..., :, None] * svd.vt[..., :k, :]
+    rest = site.rank - k
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rest)])
+    b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, rest), (0, 0)])
+    shapes = site.factor_shapes
+    return {"a": a.reshape(shapes[0]), "b": b.reshape(shapes[1])}
 
 
 def weight_norm(site: Site, weight: Any) -> jax.Array:

@@ -14,13 +14,13 @@ from rslora_jax.analysis.spectra.pairs import Pair, pairs, unpaired
 from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.config import LoraConfig, Rule
 from rslora_jax.factors import LoraParams
-from rslora_jax.norms import delta_norm
+from rslora_jax.norms import Svd, factors_from, moved_norm
 from rslora_jax.paths import AdapterError, insert
 from rslora_jax.sites import Site, Sites
 from rslora_jax.tables import Table
 from rslora_jax.targets import choose
 
-__all__ = ["Extracted", "extract", "factors_from"]
+__all__ = ["Extracted", "extract"]
 
 
 class Extracted(NamedTuple):
@@ -104,7 +104,7 @@ def extract(
         chosen = choose(found, config)
     lora: dict[str, Any] = {}
     for site in chosen:
-        insert(lora, site.path, factors_from(site, svds[site.path], config))
+        insert(lora, site.path, _cast(site, svds[site.path], config))
     rows = [row for site in chosen for row in _rows(site, svds[site.path], config)]
     missed = unpaired(base, tuned, paired)
     rows += [
@@ -113,45 +113,20 @@ def extract(
     return Extracted(LoraParams(base, lora), chosen, config, Table.of(rows))
 
 
-def factors_from(site: Site, svd: DeltaSvd, config: LoraConfig) -> dict[str, jax.Array]:
-    """The factors of a site whose scale * a @ b is the first `site.rank` triplets of `svd`.
-
-    Args:
-      site: gives shape, rank and scale.
-      svd: at least as many triplets as the rank, or as the module has; what is missing is
-        zero.
-      config: gives the dtype of the factors.
-
-    Returns:
-      ``{"a": [b.., i.., r], "b": [b.., r, o..]}``.
-    """
+def _cast(site: Site, svd: DeltaSvd, config: LoraConfig) -> dict[str, jax.Array]:
     dtype = config.dtype or jnp.promote_types(jnp.float32, site.dtype)
     return {name: x.astype(dtype) for name, x in _uncast(site, svd).items()}
 
 
 def _uncast(site: Site, svd: DeltaSvd) -> dict[str, jax.Array]:
-    assert site.rank is not None and site.scale is not None
-    k = min(site.rank, svd.s.shape[-1])
-    root = jnp.sqrt(svd.s[..., :k] / site.scale)
-    a = svd.u[..., :k] * root[..., None, :]
-    b = root[..., :, None] * svd.vt[..., :k, :]
-    rest = site.rank - k
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, rest)])
-    b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, rest), (0, 0)])
-    shapes = site.factor_shapes
-    return {"a": a.reshape(shapes[0]), "b": b.reshape(shapes[1])}
+    return factors_from(site, Svd(svd.u, svd.s, svd.vt))
 
 
 def _lost_by_cast(site: Site, svd: DeltaSvd, config: LoraConfig) -> np.ndarray:
-    """|scale * (a @ b before the cast - a @ b after it)|_F per module [b..].
-
-    With u and v what the cast adds, that is u b + (a + u) v: a product of rank 2 r.
-    """
-    before, after = _uncast(site, svd), factors_from(site, svd, config)
-    after = {name: after[name].astype(before[name].dtype) for name in "ab"}
-    a = jnp.concatenate([after["a"] - before["a"], after["a"]], -1)
-    b = jnp.concatenate([before["b"], after["b"] - before["b"]], site.axes.count("b"))
-    return np.asarray(delta_norm(site, {"a": a, "b": b}))
+    """|scale * (a @ b before the cast - a @ b after it)|_F per module [b..]."""
+    before, after = _uncast(site, svd), _cast(site, svd, config)
+    rounding = {name: after[name].astype(before[name].dtype) - before[name] for name in "ab"}
+    return np.asarray(moved_norm(site, before, rounding))
 
 
 def _svd(pair: Pair, k: int) -> DeltaSvd:
