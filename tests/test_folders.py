@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 import rslora_jax as rl
 from rslora_jax.analysis.spectra import folders
-from rslora_jax.analysis.spectra.folders import compare_folders, open_folder
+from rslora_jax.analysis.spectra.folders import compare_folders
 from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum
 from rslora_jax.analysis.spectra.spectrum_plot import plot_energy
+from rslora_jax.folders import open_folder
 
 RNG = np.random.default_rng(0)
 BASE = {
