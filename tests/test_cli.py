@@ -12,6 +12,7 @@ import safetensors.numpy
 
 import rslora_jax as rl
 from rslora_jax import cli, terminal
+from rslora_jax.analysis.articles import walkthrough as article
 from rslora_jax.analysis.sweeps.studies import find_study
 from rslora_jax.factors import init_abstract
 from rslora_jax.tables import Table
@@ -62,7 +63,7 @@ def use_terminal(monkeypatch):
 
 @pytest.fixture(scope="module")
 def sections():
-    return cli.sections()
+    return article.sections()
 
 
 def test_the_walkthrough_prints_its_tables_and_draws_the_figure(tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""Commands: what `rslora` can do, one function each; its docstring is its help."""
