@@ -1,7 +1,6 @@
 """Records: the JSON that travels with adapters, and everything that is checked about it."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,12 @@ from typing import Any
 from jax.numpy import dtype as as_dtype
 
 from rslora_jax.checkpoint.fingerprint import Fingerprint
+from rslora_jax.checkpoint.plain import check_extra, checksum, parse, short
 from rslora_jax.config import LoraConfig, scale
 from rslora_jax.paths import AdapterError
 from rslora_jax.sites import Site, Sites, Use
 
-__all__ = ["FORMAT", "Record", "check_extra"]
+__all__ = ["FORMAT", "Record"]
 
 FORMAT = 1
 KIND = "rslora_jax.adapters"
@@ -81,7 +81,7 @@ class Record:
             "step": self.step,
             "extra": dict(self.extra),
         }
-        return {**fields, "checksum": _checksum(fields)}
+        return {**fields, "checksum": checksum(fields)}
 
     def to_json(self) -> str:
         """The record as JSON text; raises as `to_dict` does."""
@@ -98,7 +98,7 @@ class Record:
         _check_kind(data)
         _keys(data, KEYS, "The record")
         rest = {name: value for name, value in data.items() if name != "checksum"}
-        if data["checksum"] != _checksum(rest):
+        if data["checksum"] != checksum(rest):
             raise AdapterError(
                 "The record's checksum does not fit its content: it was changed or damaged after "
                 "it was written. Restore another checkpoint."
@@ -114,65 +114,13 @@ class Record:
           Traceback (most recent call last):
           rslora_jax.paths.AdapterError: The record is not JSON (...). It was...
         """
-        try:
-            data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(
-                f"The record is not JSON ({error}). It was cut short or damaged: restore another "
-                "checkpoint."
-            ) from error
-        return cls.from_dict(data)
-
-
-def check_extra(extra: Any) -> None:
-    """Refuses what JSON would not give back as it was, with the name of its key.
-
-    Raises:
-      AdapterError: for keys that are no text, for values other than dict, list, str, int,
-        finite float, bool and None, and for nesting deeper than 50.
-
-    Example:
-      >>> check_extra({"seed": 3, "losses": [0.5, 0.25]})
-    """
-    if not isinstance(extra, Mapping):
-        raise AdapterError(f"extra must be a dict of JSON values, found {_short(extra)}.")
-    for key, value in extra.items():
-        _check_json(key, "extra")
-        _check_json(value, f"extra[{key!r}]")
-        if not isinstance(key, str):
-            raise AdapterError(f"The keys of extra must be text, found {key!r}.")
-
-
-def _check_json(value: Any, name: str, depth: int = 0) -> None:
-    kind = type(value)
-    if depth > 50:
-        raise AdapterError(f"{name[:60]}... is nested deeper than 50. Store something flatter.")
-    if kind is dict:
-        for key, item in value.items():
-            if type(key) is not str:
-                raise AdapterError(f"The keys of {name} must be text, found {key!r}.")
-            _check_json(item, f"{name}[{key!r}]", depth + 1)
-    elif kind is list:
-        for k, item in enumerate(value):
-            _check_json(item, f"{name}[{k}]", depth + 1)
-    elif kind is float and not math.isfinite(value):
-        raise AdapterError(f"{name} is {value}, which JSON cannot hold. Store it as text.")
-    elif kind not in (str, int, float, bool, type(None)) or (kind is int and abs(value) >= 2**63):
-        raise AdapterError(
-            f"{name} is a {kind.__name__} ({_short(value)}), which JSON would not give back as it "
-            "is. Use dict, list, str, int, float, bool or None."
-        )
+        return cls.from_dict(parse(text))
 
 
 def _version() -> str:
     import rslora_jax  # noqa: PLC0415  (the package imports this module)
 
     return rslora_jax.__version__
-
-
-def _checksum(fields: Mapping[str, Any]) -> str:
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _site_to_dict(site: Site) -> dict[str, Any]:
@@ -183,19 +131,9 @@ def _site_to_dict(site: Site) -> dict[str, Any]:
     return {**fields, "shape": list(site.shape), "uses": uses}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key is there twice in {_short([key for key, _ in pairs])}")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
-
-
 def _check_kind(data: Any) -> None:
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise AdapterError(f"The record of adapters has the kind {KIND!r}, found {_short(data)}.")
+        raise AdapterError(f"The record of adapters has the kind {KIND!r}, found {short(data)}.")
     if data.get("format") != FORMAT:
         raise AdapterError(
             f"The record has format {data.get('format')!r}, written by rslora_jax "
@@ -225,9 +163,9 @@ def _site(row: Any, index: int, config: LoraConfig) -> Site:
     flags = {key: _typed(row, key, bool, name) for key in ("embedding", "head", "merge")}
     shape = _typed(row, "shape", list, name)
     if len(shape) != len(texts["axes"]) or any(type(n) is not int or n < 1 for n in shape):
-        raise AdapterError(f"{name} has axes {texts['axes']!r} and shape {_short(shape)}.")
+        raise AdapterError(f"{name} has axes {texts['axes']!r} and shape {short(shape)}.")
     if not texts["path"] or not set(texts["axes"]) <= set("bio"):
-        raise AdapterError(f"{name} needs a path and axes of b, i and o, found {_short(texts)}.")
+        raise AdapterError(f"{name} needs a path and axes of b, i and o, found {short(texts)}.")
     _check_dtype(texts["dtype"], name)
     rank = _at_least(row, "rank", int, 1, name)
     numbers = {key: _at_least(row, key, float, 0, name) for key in ("alpha", "scale")}
@@ -283,13 +221,13 @@ def _check_factors(sites: Sequence[Site], lora: Fingerprint) -> None:
 def _keys(data: Any, wanted: Sequence[str], name: str) -> None:
     if not isinstance(data, dict) or set(data) != set(wanted):
         found = sorted(data) if isinstance(data, dict) else data
-        raise AdapterError(f"{name} has the keys {sorted(wanted)}, found {_short(found)}.")
+        raise AdapterError(f"{name} has the keys {sorted(wanted)}, found {short(found)}.")
 
 
 def _typed(data: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
     value = data[key]
     if type(value) is not kind and not (kind is float and type(value) is int):
-        raise AdapterError(f"{name} needs {KINDS[kind]} for {key!r}, found {_short(value)}.")
+        raise AdapterError(f"{name} needs {KINDS[kind]} for {key!r}, found {short(value)}.")
     return value
 
 
@@ -299,8 +237,3 @@ def _at_least(data: Mapping[str, Any], key: str, kind: type, least: int, name: s
     if too_low:
         raise AdapterError(f"{name} needs {key!r} of {least} or more, found {value!r}.")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
