@@ -91,7 +91,7 @@ def save(  # noqa: PLR0913
       OSError: if the disk is full or cannot be written; what was at `path` is unchanged.
 
     Example:
-      >>> import tempfile, rslora_jax as rl
+      >>> import tempfile, jax.numpy as jnp, rslora_jax as rl
       >>> site = Site("w", "io", (2, 3), "float32", rank=1, alpha=2.0, scale=2.0)
       >>> lora = {"w": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}}
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +144,7 @@ def restore(
         if it does not fit, with the paths and both values; if nothing of it fits.
 
     Example:
-      >>> import tempfile, rslora_jax as rl
+      >>> import tempfile, jax.numpy as jnp, rslora_jax as rl
       >>> site = Site("w", "io", (2, 3), "float32", rank=1, alpha=2.0, scale=2.0)
       >>> lora = {"w": {"a": jnp.ones((2, 1)), "b": jnp.ones((1, 3))}}
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -172,7 +172,7 @@ def restore(
     )
     return Restored(
         _fill(like, loaded),
-        found if sites is None else _sites(sites),
+        found if sites is None else Sites(tuple(sites), getattr(sites, "left", ()), _total(sites)),
         record.config,
         record.step,
         dict(record.extra),
@@ -213,11 +213,7 @@ def _base_of(tree: Any, base: Any) -> Fingerprint | None:
     return base if isinstance(base, Fingerprint) else fingerprint(base)
 
 
-def _total(sites: Sequence[Site]) -> int:
-    return getattr(sites, "total", 0)
-
-
-def _sites(sites: Sequence[Site]) -> Sites:
+def _total(sites: Sequence[Site])def _sites(sites: Sequence[Site]) -> Sites:
     return sites if isinstance(sites, Sites) else Sites(tuple(sites))
 
 
