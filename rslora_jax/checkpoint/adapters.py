@@ -167,12 +167,11 @@ def restore(
     if not kept:
         raise AdapterError(f"Nothing of {path} fits: {_listed(misfits)}.")
     loaded = _load(Path(os.path.abspath(path)), record, kept, given or {})
-    found = (
-        record.sites if len(kept) == len(record.sites) else Sites(kept, (), _total(record.sites))
-    )
+    described = kept if sites is None else sites
+    total = _total(record.sites if sites is None else sites)
     return Restored(
         _fill(like, loaded),
-        found if sites is None else Sites(tuple(sites), getattr(sites, "left", ()), _total(sites)),
+        Sites(tuple(described), getattr(sites, "left", ()), total),
         record.config,
         record.step,
         dict(record.extra),
@@ -213,8 +212,8 @@ def _base_of(tree: Any, base: Any) -> Fingerprint | None:
     return base if isinstance(base, Fingerprint) else fingerprint(base)
 
 
-def _total(sites: Sequence[Site])def _sites(sites: Sequence[Site]) -> Sites:
-    return sites if isinstance(sites, Sites) else Sites(tuple(sites))
+def _total(sites: Sequence[Site]) -> int:
+    return getattr(sites, "total", 0)
 
 
 def _load(
