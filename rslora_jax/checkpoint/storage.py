@@ -5,6 +5,7 @@ dots, so that ``{"a.b": {"c": x}}`` and ``{"a": {"b.c": y}}`` would overwrite on
 """
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ def write(path: Path, arrays: Mapping[str, Any], record: Record, overwrite: bool
     except AdapterError:
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds for a full disk
-        number = error.errno if isinstance(error, OSError) else None
+        number = error.errno if isinstance(error, OSError) else _number(error)
         said = f"{path} could not be saved; what was there before is unchanged. {_line(error)}"
         raise (OSError(number, said) if number else OSError(said)) from error
     finally:
@@ -217,4 +218,10 @@ def _beside(folder: Path) -> str:
 def _line(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}".split("[tensorstore_spec")[0]
     text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    # What was tried stands at the start, what failed at the end.
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
+
+
+def _number(error: Exception) -> int | None:
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
