@@ -465,7 +465,7 @@ def in_another_process(folder):
     """What must not happen in pytest's process, where late callbacks of TensorStore are errors."""
     assert not any(name.startswith("orbax") for name in sys.modules), "orbax was imported"
     results = {
-        "full": [fill_disk(Path(folder, "full"), limit) for limit in (0, 80, 300, 1000, 2000)],
+        "full": [fill_disk(Path(folder, "full"), limit) for limit in (0, 300, 2000)],
         "points": [stop_at(Path(folder, point), point) for point in POINTS],
         "damage": damage_files(Path(folder, "damage")),
     }
@@ -540,7 +540,7 @@ POINTS = {"mkdir": os, "open": builtins, "rename": os, "fsync": os, "iterdir": P
 
 
 def damage_files(folder):
-    """Bits flipped, bytes zeroed, files cut and removed, 320 times."""
+    """Bits flipped, bytes zeroed, files cut and removed, 200 times."""
     folder.mkdir()
     path = folder / "x"
     save(path, PARAMS, SITES, CONFIG, step=7, extra={"seed": 3})
@@ -549,7 +549,7 @@ def damage_files(folder):
     assert any(file.stat().st_size > 2500 for file in files)  # arrays of their own
     rng = random.Random(0)
     refused = set()
-    for trial in range(320):
+    for trial in range(200):
         file = files[trial % len(files)]
         content = file.read_bytes()
         damage(file, content, rng)
@@ -579,7 +579,7 @@ def damage(file, content, rng):
 
 
 def test_on_a_full_disk_the_old_checkpoint_stays(elsewhere):
-    assert len(elsewhere["full"]) == 5
+    assert len(elsewhere["full"]) == 3
     for said, step, names in elsewhere["full"]:
         assert (step, names) == (0, ["x"])
         assert said.startswith(f"{errno.EFBIG} ") and "unchanged" in said
@@ -594,7 +594,7 @@ def test_the_old_checkpoint_stays_wherever_the_new_one_fails(elsewhere):
 
 
 def test_damaged_files_are_errors_or_make_no_difference(elsewhere):
-    """Of 320 damages none gave a wrong array or record, or another error."""
+    """Of 200 damages none gave a wrong array or record, or another error."""
     assert "record/metadata" in elsewhere["damage"] and "lora/_METADATA" in elsewhere["damage"]
     arrays = [name for name in elsewhere["damage"] if "ocdbt.process_0/d/" in name]
     assert arrays  # not in Orbax's tables alone

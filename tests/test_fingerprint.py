@@ -17,8 +17,8 @@ from rslora_jax.checkpoint.content import _hash, content, place
 from rslora_jax.paths import AdapterError
 
 NARROW = (
-    "bool int2 uint2 int4 uint4 int8 uint8 int16 uint16 int32 uint32 float8_e4m3fn float8_e5m2 "
-    "float8_e3m4 float4_e2m1fn float16 bfloat16 float32 complex64"
+    "bool int2 uint4 int4 int8 uint8 int16 uint32 float8_e4m3fn float8_e5m2 "
+    "float4_e2m1fn float16 bfloat16 float32 complex64"
 ).split()
 WIDE = "int64 uint64 float64 complex128".split()
 
@@ -51,7 +51,7 @@ def test_the_digest_of_a_tree_is_pinned_too():
     assert digest == "45757bfe07ed3c2487fe34026d4817e91ee55263a6c0277e77ec36f5ee64151e"
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
 def test_it_is_the_sum_of_mixed_bits_and_places(shape):
     """Parity with Python's integers, one element after the other."""
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

@@ -10,12 +10,12 @@ import numpy as np
 
 from rslora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
 from rslora_jax.checkpoint.fit import (
-    Misfit,
     base_misfits,
     check_finite,
     factors_in,
     like_misfits,
     listed,
+    refusal,
     site_misfits,
 )
 from rslora_jax.checkpoint.plain import check_extra
@@ -161,11 +161,13 @@ def restore(
         misfits += [misfit for misfit in like_misfits(record, given) if misfit.path not in known]
     misfits += base_misfits(record, _base_of(like, base) if record.base is not None else None)
     if misfits and strict:
-        raise AdapterError(_refusal(path, misfits))
+        raise AdapterError(refusal(path, misfits))
     bad = {misfit.path for misfit in misfits}
     kept = [site for site in record.sites if site.path not in bad]
     if not kept:
-        raise AdapterError(f"Nothing of {path} fits: {_listed(misfits)}.")
+        raise AdapterError(
+            f"Nothing of {path} fits: {listed([misfit.text for misfit in misfits])}."
+        )
     loaded = _load(Path(os.path.abspath(path)), record, kept, given or {})
     described = kept if sites is None else sites
     total = _total(record.sites if sites is None else sites)
@@ -244,18 +246,3 @@ def _fill(like: Any, loaded: Mapping[str, jax.Array]) -> Any:
     pairs = zip(flat.paths, flat.leaves, strict=True)
     lora = unflatten(flat, [loaded.get(path, leaf) for path, leaf in pairs])
     return like._replace(lora=lora) if isinstance(like, LoraParams) else lora
-
-
-def _listed(misfits: Sequence[Misfit]) -> str:
-    return listed([misfit.text for misfit in misfits])
-
-
-def _refusal(path: Any, misfits: Sequence[Misfit]) -> str:
-    if any(misfit.path for misfit in misfits):
-        remedy = "Restore it to what it was saved from, or pass strict=False to load what fits."
-    else:
-        remedy = (
-            "Load the base that it was trained on, or pass strict=False to use it on this one: the "
-            "model then computes something else than was trained."
-        )
-    return f"{path} does not fit: {_listed(misfits)}. {remedy}"

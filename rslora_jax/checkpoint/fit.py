@@ -20,6 +20,7 @@ __all__ = [
     "factors_in",
     "like_misfits",
     "listed",
+    "refusal",
     "site_misfits",
 ]
 
@@ -88,6 +89,18 @@ def check_finite(arrays: Mapping[str, Any], what: str, remedy: str) -> None:
         raise AdapterError(
             f"Finite factors were to be {what}, found NaN or infinity in {listed(wrong)}. {remedy}"
         )
+
+
+def refusal(path: Any, misfits: Sequence[Misfit]) -> str:
+    """The message for a checkpoint that does not fit, and what to do."""
+    if any(misfit.path for misfit in misfits):
+        remedy = "Restore it to what it was saved from, or pass strict=False to load what fits."
+    else:
+        remedy = (
+            "Load the base that it was trained on, or pass strict=False to use it on this one: the "
+            "model then computes something else than was trained."
+        )
+    return f"{path} does not fit: {listed([misfit.text for misfit in misfits])}. {remedy}"
 
 
 def listed(texts: Sequence[str], most: int = 6) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def write(path: Path, arrays: Mapping[str, Any], record: Record, overwrite: bool
             with whole_folder(target, overwrite=overwrite) as folder:
                 for child in sorted(staging.iterdir()):
                     child.rename(folder / child.name)
+            staging.rmdir()
     except AdapterError:
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds for a full disk
@@ -70,7 +72,7 @@ def write(path: Path, arrays: Mapping[str, Any], record: Record, overwrite: bool
         raise (OSError(number, said) if number else OSError(said)) from error
     finally:
         for left in (staging, staging.with_name(staging.name + UNFINISHED)):
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"rslora_jax saved {target}")
 
@@ -184,6 +186,15 @@ def _load(path: Path, structs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax
 def _token() -> int:
     own = np.uint32(secrets.randbits(32))
     return int(multihost_utils.broadcast_one_to_all(own) if jax.process_count() > 1 else own)
+
+
+def _clear(folder: Path) -> None:
+    # After one of Orbax's writers has failed the others go on for a moment, and make folders.
+    for _ in range(20):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _check_folder(folder: Path) -> None:
