@@ -1,0 +1,85 @@
+"""Backwards: from a Hugging Face tensor to the path, where there is no tree to look in."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rslora_jax.peft.rules import INDEX, Name, fill, find
+
+__all__ = ["Place", "read_back"]
+
+GROUP = r"\(((?!\?)(?:[^()]|\(\?:[^()]*\))*)\)"
+"""A capturing group without another one in it; its text is the match's group."""
+TOKEN = re.compile(rf"\(\?:([\w/-]*)\)\?|{GROUP}|\\([.-])|([\w/-])")
+
+
+class Place(NamedTuple):
+    """Where a tensor belongs: the path, the index along its stacked axes (`at`), and the rule."""
+
+    path: str
+    at: tuple[int, ...]
+    name: Name
+
+
+def read_back(rules: Sequence[Name], tensor: str) -> Place | None:
+    r"""The place of a tensor, by the first rule that can be read backwards and gives it.
+
+    A rule can if its path is literal text, groups that its tensor repeats, and optional literal
+    text ``(?:...)?``, which is taken to be there.
+
+    Example:
+      >>> from rslora_jax.peft.names import llama
+      >>> place = read_back(llama(), "model.layers.3.mlp.up_proj.weight")
+      >>> place.path, place.at
+      ('params/layers/mlp/up_proj/kernel', (3,))
+    """
+    for rule in rules:
+        place = _place(rule, tensor)
+        found = find(rules, place.path) if place is not None else None
+        # Reading forwards again makes sure of what reading backwards can only guess.
+        if place and found and found.name == rule and fill(found.tensor, place.at) == tensor:
+            return place
+    return None
+
+
+def _place(rule: Name, tensor: str) -> Place | None:
+    pieces = _pieces(rule.path)
+    match = re.fullmatch(_pattern(rule), tensor) if pieces else None
+    if pieces is None or match is None:
+        return None
+    groups = match.groupdict()
+    path = "".join(groups.get(f"g{p}") or "" if isinstance(p, int) else p for p in pieces)
+    count = len(INDEX.findall(rule.tensor))
+    return Place(path, tuple(int(groups[f"i{k}"]) for k in range(count)), rule)
+
+
+def _pieces(path: str) -> list[str | int] | None:
+    """Literal text and numbers of groups; None where a path cannot be read backwards."""
+    pieces: list[str | int] = []
+    group = at = 0
+    while at < len(path):
+        match = TOKEN.match(path, at)
+        if match is None or path[match.end() :].startswith(("?", "*", "+", "{")):
+            return None
+        optional, inside, escaped, plain = match.groups()
+        group += inside is not None
+        pieces.append(group if inside is not None else optional or escaped or plain or "")
+        at = match.end()
+    return pieces
+
+
+def _pattern(rule: Name) -> str:
+    """The pattern of a rule's tensors: group n is named ``gn``, index k is named ``ik``."""
+    insides = re.findall(GROUP, rule.path)
+    pattern = ""
+    for piece in re.split(r"(\\\d+|\{\d+\})", rule.tensor):
+        number = piece.strip("\\{}")
+        if piece.startswith("{"):
+            pattern += rf"(?P<i{number}>\d+)"
+        elif not piece.startswith("\\"):
+            pattern += re.escape(piece)
+        elif f"<g{number}>" in pattern:
+            pattern += f"(?P=g{number})"
+        else:
+            pattern += f"(?P<g{number}>{insides[int(number) - 1]})"
+    return pattern
