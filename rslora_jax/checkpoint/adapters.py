@@ -26,7 +26,7 @@ from rslora_jax.factors import LoraParams, factors_of
 from rslora_jax.paths import AdapterError, flatten, insert, unflatten
 from rslora_jax.sites import Site, Sites
 
-__all__ = ["Restored", "restore", "save"]
+__all__ = ["Restored", "arrays_of", "restore", "save"]
 
 PyTree = Any
 
@@ -103,7 +103,7 @@ def save(  # noqa: PLR0913
     check_target(Path(path), overwrite)
     extra = {} if extra is None else extra
     check_extra(extra)
-    arrays = _arrays(params_or_lora, sites)
+    arrays = arrays_of(params_or_lora, sites)
     known = _base_of(params_or_lora, base)
     record = Record(
         config, Sites(tuple(sites), (), _total(sites)), fingerprint(arrays), known, step, extra
@@ -181,7 +181,7 @@ def restore(
     )
 
 
-def _arrays(params_or_lora: Any, sites: Sequence[Site]) -> dict[str, Any]:
+def arrays_of(params_or_lora: Any, sites: Sequence[Site]) -> dict[str, Any]:
     """The factors of all sites by path, refused where they cannot be saved."""
     lora = _lora_of(params_or_lora)
     factors = factors_of(lora, sites)

@@ -23,7 +23,18 @@ from rslora_jax.checkpoint.records import Record
 from rslora_jax.files import whole_folder
 from rslora_jax.paths import AdapterError
 
-__all__ = ["check_target", "read_arrays", "read_record", "struct_of", "write"]
+__all__ = [
+    "ARRAYS",
+    "RECORD",
+    "check_target",
+    "line",
+    "load",
+    "os_error",
+    "read_arrays",
+    "read_record",
+    "struct_of",
+    "write",
+]
 
 ARRAYS, RECORD = "lora", "record"
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -67,9 +78,8 @@ def write(path: Path, arrays: Mapping[str, Any], record: Record, overwrite: bool
     except AdapterError:
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds for a full disk
-        number = error.errno if isinstance(error, OSError) else _number(error)
-        said = f"{path} could not be saved; what was there before is unchanged. {_line(error)}"
-        raise (OSError(number, said) if number else OSError(said)) from error
+        said = f"{path} could not be saved; what was there before is unchanged. {line(error)}"
+        raise os_error(said, error) from error
     finally:
         for left in (staging, staging.with_name(staging.name + UNFINISHED)):
             _clear(left)
@@ -120,10 +130,11 @@ def read_arrays(path: Path, structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     if not structs:
         return {}
     try:
-        found = _load(path, dict(structs))
+        # From NumPy: on the default device, and free to be moved to another one by a jit.
+        found = {name: jnp.asarray(array) for name, array in load(path / ARRAYS, structs).items()}
     except Exception as error:  # damaged files make Orbax and TensorStore raise all kinds
         raise AdapterError(
-            f"The arrays of {path} cannot be read: {_line(error)} The checkpoint is incomplete or "
+            f"The arrays of {path} cannot be read: {line(error)} The checkpoint is incomplete or "
             "damaged: restore another one."
         ) from error
     wrong = [
@@ -162,7 +173,8 @@ def _save(path: Path, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         checkpointer.save(path, args=items)
 
 
-def _load(path: Path, structs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def load(folder: Path, structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """Reads the arrays of one item: JAX arrays where there is a sharding, else NumPy arrays."""
     import orbax.checkpoint as ocp  # noqa: PLC0415  (0.9 s to import)
 
     def how(struct: jax.ShapeDtypeStruct) -> Any:
@@ -172,15 +184,15 @@ def _load(path: Path, structs: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax
             dtype=struct.dtype, sharding=struct.sharding, global_shape=struct.shape
         )
 
+    wanted = dict(structs)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.restore(
-            path / ARRAYS,
+            folder,
             args=ocp.args.PyTreeRestore(
-                item=structs, restore_args=jax.tree.map(how, structs), partial_restore=True
+                item=wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True
             ),
         )
-    # From NumPy: on the default device, and free to be moved to another one by a jit.
-    return {name: jnp.asarray(found[name]) for name in structs}
+    return {name: found[name] for name in structs}
 
 
 def _token() -> int:
@@ -231,13 +243,16 @@ def _beside(folder: Path) -> str:
     return f"Beside it there are {kept[:4]}." if kept else "Check the path."
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """What an error of Orbax or TensorStore says, on one line and not too long."""
     text = f"{type(error).__name__}: {error}".split("[tensorstore_spec")[0]
     text = " ".join(text.split())
     # What was tried stands at the start, what failed at the end.
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
 
 
-def _number(error: Exception) -> int | None:
+def os_error(said: str, error: Exception) -> OSError:
+    """An OSError that says this, with the number of the one that was caught, if it has any."""
     found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
+    number = error.errno if isinstance(error, OSError) else found and int(found[1])
+    return OSError(number, said) if number else OSError(said)
