@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax import paths
 from rslora_jax.paths import AdapterError
 
-__all__ = ["Packed", "check_like", "decode", "encode", "pack", "targets", "unpack"]
+__all__ = ["Packed", "check_like", "pack", "targets", "unpack"]
 
 Note = dict[str, Any]
 
@@ -35,13 +34,12 @@ class Packed(NamedTuple):
     arrays: dict[str, Any]
 
 
-def pack(tree: Any, root: str = "", first: int = 0) -> Packed:
-    """Splits a tree into notes and arrays.
+def pack(names: Sequence[str], leaves: Sequence[Any]) -> Packed:
+    """Splits leaves into notes and arrays.
 
     Args:
-      tree: a pytree of JAX and NumPy arrays, typed keys, and Python or NumPy scalars.
-      root: a path to put before those of the leaves.
-      first: the place of the first note.
+      names: the path of each leaf.
+      leaves: JAX and NumPy arrays, typed keys, Python and NumPy scalars, text and bytes.
 
     Returns:
       The notes and arrays. NumPy arrays are copied, so that they may change afterwards.
@@ -50,155 +48,73 @@ def pack(tree: Any, root: str = "", first: int = 0) -> Packed:
       AdapterError: for a leaf of another type, with its path.
 
     Example:
-      >>> pack({"step": 3}).notes
+      >>> pack(["step"], [3]).notes
       [{'path': 'step', 'kind': 'int', 'value': 3}]
     """
-    flat = paths.flatten(tree)
-    named = [root + path for path in flat.paths]
-    notes = [_note(path, leaf) for path, leaf in zip(named, flat.leaves, strict=True)]
-    arrays = {
-        _name(first + place): _array(leaf)
-        for place, (note, leaf) in enumerate(zip(notes, flat.leaves, strict=True))
-        if _is_stored(note)
-    }
-    return Packed(notes, arrays)
+    notes = [_note(path, leaf) for path, leaf in zip(names, leaves, strict=True)]
+    places = [place for place, note in enumerate(notes) if _is_stored(note)]
+    return Packed(notes, {_name(place): _array(leaves[place]) for place in places})
 
 
-def unpack(notes: Sequence[Note], arrays: Mapping[str, Any], like: Any, first: int = 0) -> Any:
-    """Puts notes and arrays together again, in the structure of `like`.
-
-    Args:
-      notes: what `pack` noted.
-      arrays: the arrays as Orbax restored them, by name.
-      like: a tree of the same structure; its shardings place the typed keys.
-      first: the place of the first note.
-
-    Returns:
-      The tree that was packed.
-    """
-    leaves, treedef = jax.tree.flatten(like)
-    values = [
-        _value(note, arrays.get(_name(first + place)), _sharding(leaf))
-        for place, (note, leaf) in enumerate(zip(notes, leaves, strict=True))
-    ]
-    return jax.tree.unflatten(treedef, values)
-
-
-def targets(notes: Sequence[Note], leaves: Sequence[Any], first: int = 0) -> dict[str, Any]:
+def targets(notes: Sequence[Note], guides: Sequence[Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Which stored arrays to read, and where each shall lie.
 
     Args:
       notes: what `pack` noted.
-      leaves: for each note an array or `jax.ShapeDtypeStruct` to take the sharding of.
-      first: the place of the first note.
+      guides: for each note an array or struct to take the sharding of, or None.
 
     Returns:
-      For each array a `jax.ShapeDtypeStruct` with its sharding; one without a sharding is
-      to be read as a NumPy array.
+      By name a `jax.ShapeDtypeStruct` with its sharding; one without a sharding is to be read
+      as a NumPy array.
+
+    Raises:
+      AdapterError: for a 64-bit JAX array without 64-bit types, with its path.
     """
-    return {
-        _name(first + place): _target(note, leaf)
-        for place, (note, leaf) in enumerate(zip(notes, leaves, strict=True))
-        if _is_stored(note)
-    }
+    pairs = enumerate(zip(notes, guides, strict=True))
+    return {_name(k): _target(note, guide) for k, (note, guide) in pairs if _is_stored(note)}
 
 
-def check_like(notes: Sequence[Note], like: Any, root: str = "") -> None:
-    """Refuses a `like` whose leaves are not those that were packed.
+def unpack(notes: Sequence[Note], arrays: Mapping[str, Any], guides: Sequence[Any]) -> list[Any]:
+    """Puts notes and arrays together again.
+
+    Args:
+      notes: what `pack` noted.
+      arrays: what was read for the `targets`, by name.
+      guides: as in `targets`.
+
+    Returns:
+      The leaves that were packed.
+
+    Example:
+      >>> packed = pack(["step", "lr"], [3, np.float32(0.5)])
+      >>> unpack(packed.notes, packed.arrays, [None, None])
+      [3, np.float32(0.5)]
+    """
+    pairs = enumerate(zip(notes, guides, strict=True))
+    return [_value(note, arrays.get(_name(k)), _sharding(guide)) for k, (note, guide) in pairs]
+
+
+def check_like(notes: Sequence[Note], names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Refuses leaves that are not those that were packed.
 
     Raises:
       AdapterError: with the paths that only one side has, or the path whose shape, dtype or
         type differs and both values.
     """
-    flat = paths.flatten(like)
-    wanted = dict(zip((root + path for path in flat.paths), flat.leaves, strict=True))
-    saved = {note["path"]: note for note in notes}
-    missing, extra = sorted(set(wanted) - set(saved)), sorted(set(saved) - set(wanted))
-    if missing or extra:
+    saved, wanted = {note["path"]: note for note in notes}, dict(zip(names, leaves, strict=True))
+    remedy = "Make `like` with the optimizer and the sites of the run that was saved."
+    if set(saved) != set(wanted):
         raise AdapterError(
-            f"The state to restore has leaves that `like` has not: {_few(extra)}; and `like` has "
-            f"leaves that were not saved: {_few(missing)}. Make `like` with the same optimizer "
-            "and sites as the run that was saved."
+            f"the saved state has leaves that `like` has not: {_few(set(saved) - set(wanted))}; "
+            f"`like` has leaves that were not saved: {_few(set(wanted) - set(saved))}. {remedy}"
         )
     for path, leaf in wanted.items():
-        if not _fits(saved[path], leaf):
+        other = _note(path, leaf)
+        if not _fits(saved[path], other):
             raise AdapterError(
                 f"{path!r} was saved as {_describe(saved[path])}, and `like` has "
-                f"{_describe(_note(path, leaf))}. Make `like` with the same optimizer and sites "
-                "as the run that was saved."
+                f"{_describe(other)}. {remedy}"
             )
-
-
-def encode(tree: Any, leaves: list[Any]) -> Any:
-    """Containers and JSON values as JSON; every other leaf is appended to `leaves`.
-
-    Args:
-      tree: nested dicts, lists and tuples of None, numbers, strings, bytes and arrays; other
-        pytrees are flattened, and come back in the structure of a `like`.
-      leaves: where the arrays go; the JSON holds their places.
-
-    Returns:
-      The JSON value that `decode` reads.
-
-    Example:
-      >>> decode(encode({"epoch": 2, "state": (b"x", None)}, []), [])
-      {'epoch': 2, 'state': (b'x', None)}
-    """
-    if tree is None or type(tree) in (bool, int, float, str):
-        return tree
-    if type(tree) is bytes:
-        return {"bytes": base64.b64encode(tree).decode()}
-    if type(tree) is dict and all(type(key) in (str, int) for key in tree):
-        return {"dict": [[key, encode(value, leaves)] for key, value in tree.items()]}
-    if type(tree) in (list, tuple):
-        return {type(tree).__name__: [encode(value, leaves) for value in tree]}
-    start = len(leaves)
-    leaves.extend(jax.tree.leaves(tree))
-    if leaves[start:] and leaves[start] is tree:
-        return {"leaf": start}
-    return {"tree": [type(tree).__name__, start, len(leaves)]}
-
-
-def decode(value: Any, leaves: Sequence[Any], like: Any = None) -> Any:
-    """Reads what `encode` wrote.
-
-    Args:
-      value: the JSON value.
-      leaves: the arrays, in their places.
-      like: a tree with the same custom pytree nodes, if there are any.
-
-    Returns:
-      The tree; dicts, lists and tuples are as they were saved, whatever `like` holds.
-
-    Raises:
-      AdapterError: if a custom pytree node has no counterpart in `like`.
-    """
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "bytes":
-        return base64.b64decode(content)
-    if kind == "leaf":
-        return leaves[content]
-    if kind == "tree":
-        return _rebuild(*content, leaves, like)
-    if kind == "dict":
-        likes = like if isinstance(like, dict) else {}
-        return {key: decode(inner, leaves, likes.get(key)) for key, inner in content}
-    fits = isinstance(like, list | tuple) and len(like) == len(content)
-    likes = like if fits else [None] * len(content)
-    items = [decode(inner, leaves, each) for inner, each in zip(content, likes, strict=True)]
-    return items if kind == "list" else tuple(items)
-
-
-def _rebuild(name: str, start: int, stop: int, leaves: Sequence[Any], like: Any) -> Any:
-    treedef = jax.tree.structure(like)
-    if type(like).__name__ != name or treedef.num_leaves != stop - start:
-        raise AdapterError(
-            f"`data` was saved with a {name} of {stop - start} leaves, and `like` has "
-            f"{treedef} there. Give `like.data` the same structure."
-        )
-    return jax.tree.unflatten(treedef, leaves[start:stop])
 
 
 def _note(path: str, leaf: Any) -> Note:
@@ -294,8 +210,7 @@ def _placed(array: jax.Array, sharding: Any) -> jax.Array:
     return array if sharding is None else jax.device_put(array, sharding)
 
 
-def _fits(note: Note, leaf: Any) -> bool:
-    other = _note("", leaf)
+def _fits(note: Note, other: Note) -> bool:
     if "shape" in note and "shape" in other:
         return (note["dtype"], note["shape"]) == (other["dtype"], other["shape"])
     numbers = [_number(each) for each in (note, other)]
@@ -319,9 +234,9 @@ def _describe(note: Note) -> str:
     return f"a Python {note['kind']}"
 
 
-def _few(names: Sequence[str], most: int = 4) -> str:
+def _few(names: set[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(map(repr, names[:most])) or "none") + more
+    return (", ".join(map(repr, sorted(names)[:most])) or "none") + more
 
 
 def _name(place: int) -> str:
