@@ -6,6 +6,7 @@ that it had.
 """
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,7 +137,15 @@ def _note(path: str, leaf: Any) -> Note:
         note["impl"] = str(jax.random.key_impl(leaf))
     if getattr(leaf, "weak_type", False):
         note["weak"] = True
+    if isinstance(leaf, np.ndarray | np.generic):
+        # Not hashed on the device: a position may have another shape at every save, and each
+        # shape would be compiled.
+        note["sha256"] = _digest(leaf)
     return note
+
+
+def _digest(array: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _kind(leaf: Any) -> str:
@@ -194,6 +203,8 @@ def _value(note: Note, array: Any, sharding: Any) -> Any:
         array = np.zeros(note["shape"], jnp.dtype(note["dtype"]))
     if kind == "array":
         return array if isinstance(array, jax.Array) else _placed(_jax(note, array), sharding)
+    if _digest(array) != note["sha256"]:
+        raise AdapterError(f"it is damaged: {note['path']!r} is not what was saved.")
     return np.asarray(array)[()] if kind == "numpy scalar" else np.asarray(array)
 
 

@@ -5,7 +5,7 @@ the arrays of the rest (``state``) and the notes of all its leaves (``run``).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def items_of(
     data = encode(state.data, found)
     names = [*flat.paths, *(f"data/{place}" for place in range(len(found)))]
     notes, arrays = leaves.pack(names, [*flat.leaves, *found])
-    content = fingerprint(arrays).to_dict()
+    content = _content(arrays, notes).to_dict()
     run = {"notes": notes, "data": data, "metrics": dict(metrics), "arrays": content}
     items = {
         ARRAYS: ocp.args.PyTreeSave(dict(factors)),
@@ -157,12 +157,17 @@ def _arrays(folder: Path, run: Mapping[str, Any], guides: list[Any]) -> dict[str
     except Exception as error:  # damaged files make Orbax and TensorStore raise all kinds
         raise AdapterError(f"it is damaged: its arrays cannot be read: {line(error)}") from error
     saved = Fingerprint.from_dict(run["arrays"])
-    differences = saved.differences(fingerprint(arrays), ("notes", "arrays"))
+    differences = saved.differences(_content(arrays, run["notes"]), ("notes", "arrays"))
     if differences:
-        named = {f"{k:05d}": note["path"] for k, note in enumerate(run["notes"])}
-        texts = [f"{named.get(text[1:6])!r}{text[7:]}" for text in differences]
-        raise AdapterError(f"it is damaged: {listed(texts)}.")
+        raise AdapterError(f"it is damaged: {listed(differences)}.")
     return arrays
+
+
+def _content(arrays: Mapping[str, Any], notes: Sequence[Mapping[str, Any]]) -> Fingerprint:
+    """The contents of the arrays by path; those of NumPy are in their notes."""
+    named = {name: notes[int(name)] for name in arrays}
+    hashed = [name for name, note in named.items() if "sha256" not in note]
+    return fingerprint({named[name]["path"]: arrays[name] for name in hashed})
 
 
 def _check_config(saved: Record, given: Record) -> None:
