@@ -74,6 +74,8 @@ def manager(folder: Path, keep: Keep, every: int, asynchronous: bool, read_only:
         create=not read_only,
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=asynchronous,
+        # Else, where a folder cannot be made, Orbax's writers wait for it for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         save_root_metadata=False,
         lightweight_initialize=True,  # a damaged old step must not keep the folder from opening
     )

@@ -171,8 +171,7 @@ class Runs:
     def steps(self) -> tuple[int, ...]:
         """The complete steps, in order; waits for a save in progress."""
         self.wait()
-        if not self._writes:
-            self._manager.reload()
+        self._manager.reload()
         return tuple(sorted(self._manager.all_steps()))
 
     def latest(self) -> int | None:
