@@ -25,7 +25,8 @@ import rslora_jax as rl
 from rslora_jax.checkpoint import Preemption, Runs, RunState, fingerprint
 from rslora_jax.paths import flatten
 
-SAMPLES, BATCH, WIDTH = 40, 8, 16
+SAMPLES, BATCH = 56, 8
+WIDTH = 16  # of everything: programs for one shape are quickly loaded
 
 
 class Model(nn.Module):
@@ -34,15 +35,15 @@ class Model(nn.Module):
         x = nn.tanh(nn.Dense(WIDTH, use_bias=False)(x))
         x = nn.Dropout(0.2, deterministic=not train)(x)
         x = nn.tanh(nn.Dense(WIDTH, use_bias=False)(x))
-        return nn.Dense(1, use_bias=False)(x)
+        return nn.Dense(WIDTH, use_bias=False)(x)
 
 
 def train(folder, result, total, every, linger=False):
     """Trains to step `total`, from the newest step in `folder` if there is one."""
-    model, config = Model(), rl.LoraConfig(rank=4, alpha=8.0)
+    model, config = Model(), rl.LoraConfig(rank=WIDTH, alpha=8.0)
     rng = np.random.default_rng(1)  # no JAX programs, which each child would have to load
     x = rng.normal(size=(SAMPLES, WIDTH)).astype(np.float32)
-    y = np.sin(x.sum(-1, keepdims=True))
+    y = np.sin(x * x.sum(-1, keepdims=True))
     shapes = jax.eval_shape(model.init, jax.random.key(2), x)
     base = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 2, shapes)
     params, apply, sites = rl.adapt(

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rslora_jax.checkpoint.storage import os_error
+from rslora_jax.paths import AdapterError
 
-__all__ = ["Keep", "manager"]
+__all__ = ["Keep", "check_counts", "local", "manager"]
 
 
 @dataclasses.dataclass
@@ -83,3 +85,20 @@ def manager(folder: Path, keep: Keep, every: int, asynchronous: bool, read_only:
         return ocp.CheckpointManager(folder, options=options)
     except OSError as error:
         raise os_error(f"{folder} cannot be opened for a run: {error}", error) from error
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuses options that are no counts, by name."""
+    for name, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise AdapterError(f"{name} must be an int of at least 1, found {count!r}.")
+
+
+def local(folder: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder, which is not the address of a bucket."""
+    if "://" in os.fspath(folder):
+        raise AdapterError(
+            f"The folder of a run is to be on a local or mounted disk, found {folder!r}. Mount "
+            "the bucket (Cloud Storage FUSE), and name the mounted folder."
+        )
+    return Path(os.path.abspath(folder))

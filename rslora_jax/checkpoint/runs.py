@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from rslora_jax.checkpoint.adapters import arrays_of
 from rslora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
-from rslora_jax.checkpoint.manager import Keep, manager
+from rslora_jax.checkpoint.manager import Keep, check_counts, local, manager
 from rslora_jax.checkpoint.records import Record
-from rslora_jax.checkpoint.steps import RunState, check_state, items_of, metrics_in, read_step
+from rslora_jax.checkpoint.steps import RunState, check_state, items_of, read_step, score
 from rslora_jax.checkpoint.storage import line, os_error
 from rslora_jax.config import LoraConfig
 from rslora_jax.paths import AdapterError
@@ -80,15 +80,12 @@ class Runs:
         read_only: bool = False,
     ) -> None:
         """Opens the folder, and removes what a killed run left half-written."""
+        check_counts(keep_last=keep_last, keep_best=keep_best or 1, save_every=save_every)
         if best_mode not in ("min", "max"):
             raise AdapterError(f"best_mode must be 'min' or 'max', found {best_mode!r}.")
-        counts = {"keep_last": keep_last, "keep_best": keep_best or 1, "save_every": save_every}
-        for name, count in counts.items():
-            if type(count) is not int or count < 1:
-                raise AdapterError(f"{name} must be an int of at least 1, found {count!r}.")
         known = base if isinstance(base, Fingerprint) else fingerprint(base)
         described = Sites(tuple(sites), (), getattr(sites, "total", 0))
-        self.folder = _local(folder)
+        self.folder = local(folder)
         self._record = Record(config, described, Fingerprint(()), known)
         self._metric = best_metric if keep_best else None
         self._keep = Keep(keep_last, keep_best or 0, -1 if best_mode == "max" else 1, {})
@@ -96,7 +93,7 @@ class Runs:
         self._manager = manager(self.folder, self._keep, save_every, asynchronous, read_only)
         self._head: int | None = None
         if keep_best:
-            scores = {step: _score(self.path(step), best_metric) for step in self.steps()}
+            scores = {step: score(self.path(step), best_metric) for step in self.steps()}
             self._keep.scores.update(scores)
 
     def save(
@@ -268,19 +265,3 @@ class Runs:
             f"{sorted(self._manager.all_steps())}. {line(error)}",
             error,
         )
-
-
-def _local(folder: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(folder):
-        raise AdapterError(
-            f"The folder of a run is to be on a local or mounted disk, found {folder!r}. Mount "
-            "the bucket (Cloud Storage FUSE), and name the mounted folder."
-        )
-    return Path(os.path.abspath(folder))
-
-
-def _score(folder: Path, metric: str) -> float:
-    try:
-        return metrics_in(folder).get(metric, math.nan)
-    except AdapterError:  # damaged: it is kept as long as it is new, not for its score
-        return math.nan

@@ -5,6 +5,7 @@ the arrays of the rest (``state``) and the notes of all its leaves (``run``).
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from rslora_jax.checkpoint.storage import ARRAYS, RECORD, line, load, read_recor
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
 
-__all__ = ["RunState", "check_state", "items_of", "metrics_in", "read_step"]
+__all__ = ["RunState", "check_state", "items_of", "read_step", "score"]
 
 PyTree = Any
 
@@ -117,13 +118,12 @@ def read_step(folder: Path, record: Record, like: RunState) -> RunState:
     return RunState(restored.params, data=data, **unflatten(flat, values[:count]))
 
 
-def metrics_in(folder: Path) -> dict[str, float]:
-    """The numbers that were kept with a step.
-
-    Raises:
-      AdapterError: if they cannot be read.
-    """
-    return _notes(folder)["metrics"]
+def score(folder: Path, metric: str) -> float:
+    """A number that was kept with a step; NaN if there is none, or it cannot be read."""
+    try:
+        return _notes(folder)["metrics"].get(metric, math.nan)
+    except AdapterError:  # damaged: it is kept as long as it is new, not for its score
+        return math.nan
 
 
 def _rest(state: RunState) -> Flat:
