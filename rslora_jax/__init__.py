@@ -1,6 +1,6 @@
 """Rank-stabilized LoRA for any Flax (or other JAX) model, without touching the model."""
 
-from rslora_jax import algebra, analysis, optim
+from rslora_jax import algebra, analysis, checkpoint, optim, peft
 from rslora_jax.adapt import Adapted, adapt, attach, value_and_grad
 from rslora_jax.config import LoraConfig, Rule, scale
 from rslora_jax.discover import find_sites
@@ -23,10 +23,12 @@ __all__ = [
     "algebra",
     "analysis",
     "attach",
+    "checkpoint",
     "describe",
     "find_sites",
     "merge",
     "optim",
+    "peft",
     "scale",
     "unmerge",
     "value_and_grad",

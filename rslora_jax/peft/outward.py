@@ -157,7 +157,8 @@ def _folded(module: Module, rank: int, dtype: Any) -> Module:
 def _cast(module: Module, dtype: Any) -> Module:
     if dtype is None:
         return module
-    a, b = (array.astype(dtype) for array in (module.a, module.b))
+    with np.errstate(over="ignore"):  # it is an error below
+        a, b = (array.astype(dtype) for array in (module.a, module.b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise AdapterError(
             f"{module.name!r} overflows in {np.dtype(dtype).name}. Write it in float32 or bfloat16."

@@ -91,7 +91,7 @@ def place_all(
       AdapterError: if a rule does not fit its parameter.
     """
     known = {site.path: site for site in sites or ()}
-    spare = {left.path: left.site for left in getattr(sites, "left", ())}
+    spare = {left.path: _certain(left.site) for left in getattr(sites, "left", ())}
     flat = flatten(base_of(params))
     placed = {}
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
@@ -100,6 +100,12 @@ def place_all(
             site = known.get(path) or (None if found.name.axes else spare.get(path))
             placed[path] = place(rules, path, leaf, site)
     return placed
+
+
+def _certain(site: Site | None) -> Site | None:
+    """A site whose axes were seen in a use; those of a norm are a guess."""
+    seen = site is not None and any(use.kind in ("product", "lookup") for use in site.uses)
+    return site if seen else None
 
 
 def places_of(placed: Iterable[Placed]) -> dict[str, Where]:

@@ -175,7 +175,7 @@ def randomize(parameters, seed, spread=0.3):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(parameters):
-            parameter += spread * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
 
 
 def new(make):
