@@ -29,11 +29,17 @@ REFUSED = {
 }
 # Settings that say how the adapter was trained or where its base is, not what it computes.
 SILENT = (
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "auto_mapping", "corda_config", "eva_config", "inference_mode",
     "lora_ga_config", "loftq_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "runtime_config", "velora_config",
 )  # fmt: skip
-NEWER = {"exclude_modules", "lora_bias", "target_parameters", "trainable_token_indices"}
+NEWER = {
+    "ensure_weight_tying",
+    "exclude_modules",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Settings:
       fan_in_fan_out: True if the base stores (in, out), as GPT-2 does.
       layers_to_transform: the layers that have an adapter; None means all.
       layers_pattern: the names of the list of layers.
+      ensure_weight_tying: True if the head follows an adapted embedding that it is tied to.
       lora_dropout: used in training alone.
       init_lora_weights: how the factors started.
       base_model_name_or_path: the model that was adapted.
@@ -87,6 +94,7 @@ class Settings:
     fan_in_fan_out: bool = False
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
+    ensure_weight_tying: bool = False
     lora_dropout: float = 0.0
     init_lora_weights: bool | str = True
     base_model_name_or_path: str | None = None

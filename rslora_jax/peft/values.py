@@ -10,6 +10,7 @@ from rslora_jax.peft.patterns import check_pattern
 __all__ = ["checked"]
 
 BIASES = ("none", "all", "lora_only")
+FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 
 
 def checked(name: str, value: Any) -> Any:
@@ -22,7 +23,7 @@ def checked(name: str, value: Any) -> Any:
       >>> checked("layers_to_transform", 3)
       (3,)
     """
-    if name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+    if name in FLAGS:
         return _flag(name, value)
     if name in ("rank_pattern", "alpha_pattern"):
         return _pattern_values(name, value)
