@@ -11,10 +11,10 @@ import numpy as np
 from rslora_jax.files import read_json
 from rslora_jax.folders import Folder, open_folder
 from rslora_jax.paths import AdapterError
+from rslora_jax.peft.adapter import PeftAdapter
 from rslora_jax.peft.modules import read
 from rslora_jax.peft.plans import HEAD, Change, apply, is_tied, plan
 from rslora_jax.peft.shards import SHARD, write_folder
-from rslora_jax.peft.tensors import PeftAdapter
 
 __all__ = ["SHARD", "merge_folders", "write_folder"]
 
@@ -80,7 +80,7 @@ def merge_folders(
     changes = plan(source, found, is_tied(source, config), transposed)
     config = _untied(config, source, changes)
     tensors = _tensors(source, changes, progress)
-    write_folder(out, tensors, config, max_shard_bytes, overwrite, _copied(Path(base)))
+    write_folder(Path(out), tensors, config, max_shard_bytes, overwrite, _copied(Path(base)))
 
 
 def _tensors(

@@ -14,8 +14,9 @@ from rslora_jax.extras import extra
 from rslora_jax.files import whole_folder
 from rslora_jax.folders import FLOATS, PICKLES, Folder, open_file
 from rslora_jax.paths import AdapterError
+from rslora_jax.peft.adapter import Module, PeftAdapter, tensors_of
 from rslora_jax.peft.settings import CONFIG, Settings
-from rslora_jax.peft.tensors import Module, PeftAdapter, assemble, tensors_of
+from rslora_jax.peft.tensors import assemble
 
 __all__ = ["PARAMETERS", "WEIGHTS", "Module", "PeftAdapter", "read", "write"]
 

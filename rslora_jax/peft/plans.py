@@ -8,7 +8,7 @@ import numpy as np
 
 from rslora_jax.folders import FLOATS, Folder
 from rslora_jax.paths import AdapterError, nearest
-from rslora_jax.peft.tensors import Module, PeftAdapter
+from rslora_jax.peft.adapter import Module, PeftAdapter
 from rslora_jax.peft.weights import check_fit, merge_weight
 
 __all__ = ["Change", "apply", "is_tied", "plan"]
@@ -173,11 +173,18 @@ def _embedding(base: Folder) -> str:
 def _plan_head(changes: dict[str, Change], embedding: str, adapter: PeftAdapter) -> None:
     """PEFT adapts one of two tied modules alone, and ties their rows of tokens."""
     head, table = changes[HEAD], changes[embedding]
+    own = head.module is not None or head.saved is not None
+    follows = adapter.settings.ensure_weight_tying
+    if follows and own:
+        raise AdapterError(
+            f"The adapter changes {HEAD!r}, the base ties it to {embedding!r}, and "
+            "ensure_weight_tying is true: which of the two is meant is not in the folder. Merge "
+            "it with PEFT."
+        )
+    differs = own or (not follows and (table.module is not None or table.saved is not None))
+    if not differs:
+        del changes[HEAD]
+        return
     head.rows = head.rows or table.rows
     if table.module is not None and head.saved is None:
         head.saved = table.saved  # a copy of the base under the adapter, which both share
-    alone = head.module is not None or (head.saved is not None and table.module is None)
-    follows = adapter.settings.ensure_weight_tying
-    differs = alone or (table.module is not None or table.saved is not None)
-    if follows or not differs:
-        del changes[HEAD]

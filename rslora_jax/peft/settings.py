@@ -33,13 +33,10 @@ SILENT = (
     "lora_ga_config", "loftq_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "runtime_config", "velora_config",
 )  # fmt: skip
-NEWER = {
-    "ensure_weight_tying",
-    "exclude_modules",
-    "lora_bias",
-    "target_parameters",
+NEWER = (
+    "ensure_weight_tying", "exclude_modules", "lora_bias", "target_parameters",
     "trainable_token_indices",
-}
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

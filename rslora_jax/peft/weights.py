@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rslora_jax.paths import AdapterError
-from rslora_jax.peft.tensors import Module
+from rslora_jax.peft.adapter import Module
 
 __all__ = ["check_fit", "merge_weight"]
 
@@ -65,14 +65,15 @@ def check_fit(shape: tuple[int, ...], module: Module, transposed: bool | None = 
     straight, turned = _shapes(module, len(shape))
     if module.kind == "conv" and module.b.shape[1] != module.a.shape[0]:
         raise AdapterError(
-            f"{module.name!r} is a grouped convolution: B of shape {module.b.shape} has one group's "
-            f"columns of rank {module.a.shape[0]}, and the sum is no grouped convolution. It cannot "
-            "be merged: serve the adapter beside its base."
+            f"{module.name!r} is a grouped convolution: A is {module.a.shape}, B, which has one "
+            f"group's columns, is {module.b.shape}. Their product is no grouped convolution and "
+            "cannot be merged: serve the adapter beside its base."
         )
     if shape not in (straight, turned):
+        fitting = dict.fromkeys((str(straight), str(turned)))
         raise AdapterError(
-            f"{module.weight!r} has shape {shape} in the base, the adapter's A {module.a.shape} and "
-            f"B {module.b.shape} need {straight}{f' or {turned}' if turned != straight else ''}. "
+            f"{module.weight!r} has shape {shape} in the base; A {module.a.shape} and "
+            f"B {module.b.shape} of the adapter need {' or '.join(fitting)}. "
             "It was trained on another base: pass that one."
         )
     if straight != turned:
