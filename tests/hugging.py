@@ -59,10 +59,12 @@ class Zoo(nn.Module):
 
 
 def experts(params, x):
-    """The fixtures' experts with matrices [.., in, out]."""
-    each = jnp.tanh(jnp.einsum("bd,edf->bef", x, params["mlp"]["gate_up_proj"]))
-    each = jnp.einsum("bef,efd->bed", each, params["mlp"]["down_proj"])
-    return jnp.einsum("be,bed->bd", jax.nn.softmax(x @ params["mlp"]["router"]), each)
+    """The fixtures' experts with matrices [.., in, out], each expert on its own copy of x."""
+    shares = jax.nn.softmax(x @ params["mlp"]["router"])
+    each = jnp.broadcast_to(x, (shares.shape[1], *x.shape))
+    each = jnp.tanh(jnp.einsum("ebd,edf->ebf", each, params["mlp"]["gate_up_proj"]))
+    each = jnp.einsum("ebf,efd->ebd", each, params["mlp"]["down_proj"])
+    return jnp.einsum("be,ebd->bd", shares, each)
 
 
 @functools.cache
@@ -153,10 +155,9 @@ def zoo_of(tensors):
 def experts_of(tensors, stored):
     """The experts' tensors with matrices [.., in, out]."""
     tree = {name.removeprefix("mlp."): tensor for name, tensor in tensors.items()}
-    turned = {
-        name: tensor.mT for name, tensor in tree.items() if name == "router" or stored == "oi"
-    }
-    return {"mlp": jax.tree.map(np.ascontiguousarray, tree | turned)}
+    turned = tree if stored == "oi" else ("router",)
+    tree |= {name: tree[name].mT for name in turned}
+    return {"mlp": jax.tree.map(np.ascontiguousarray, tree)}
 
 
 def experts_names(stored):
