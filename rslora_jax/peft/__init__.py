@@ -1,7 +1,27 @@
 """Hugging Face PEFT folders: adapters read, written and merged, without torch."""
 
+from rslora_jax.peft.exporting import hf_tensors, merge_to_hf
 from rslora_jax.peft.merging import merge_folders
 from rslora_jax.peft.modules import Module, PeftAdapter, read, write
+from rslora_jax.peft.names import LLAMA, llama, names
+from rslora_jax.peft.rules import Name
 from rslora_jax.peft.settings import Settings
+from rslora_jax.peft.travel import Loaded, load, save
 
-__all__ = ["Module", "PeftAdapter", "Settings", "merge_folders", "read", "write"]
+__all__ = [
+    "LLAMA",
+    "Loaded",
+    "Module",
+    "Name",
+    "PeftAdapter",
+    "Settings",
+    "hf_tensors",
+    "llama",
+    "load",
+    "merge_folders",
+    "merge_to_hf",
+    "names",
+    "read",
+    "save",
+    "write",
+]
