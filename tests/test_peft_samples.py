@@ -11,9 +11,7 @@ from safetensors.numpy import load_file
 
 import rslora_jax as rl
 from rslora_jax.axes import delta_subscripts
-from rslora_jax.peft.exporting import hf_tensors
-from rslora_jax.peft.merging import merge_folders
-from rslora_jax.peft.travel import load, save
+from rslora_jax.peft import hf_tensors, load, merge_folders, save
 from tests.hugging import FIXTURES, family, numbered
 from tests.quick import compiled
 
@@ -26,7 +24,7 @@ KINDS = [
     "experts_out_in/both",
     "experts_out_in/router",
     "llama/embedding_and_saved_head",
-    "llama/patterns",
+    "llama/lora",
     "zoo/conv1d",
     "zoo/conv1d_hf",
     "zoo/conv2d",
