@@ -1,6 +1,7 @@
 """Two safetensors folders: paired by name, read one tensor at a time, drawn."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from rslora_jax.analysis.spectra import folders
 from rslora_jax.analysis.spectra.folders import compare_folders
 from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum
 from rslora_jax.analysis.spectra.spectrum_plot import plot_energy
+from rslora_jax.files import whole_folder
 from rslora_jax.folders import open_folder
 
 RNG = np.random.default_rng(0)
@@ -179,3 +181,95 @@ def test_a_model_without_a_matrix_is_refused(tmp_path):
     folder = save(tmp_path / "flat", {"norm": np.ones(16, "float32")})
     with pytest.raises(rl.AdapterError, match="1 tensors, none of them a floating matrix"):
         compare_folders(folder, folder)
+
+
+def test_a_tensor_in_two_shards_or_in_none_is_named(pair, tmp_path):
+    for n in (1, 2):
+        save_file({"w": np.ones(2, "float32")}, tmp_path / f"model-{n}.safetensors")
+    index = {"w": "model-1.safetensors", "v": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(rl.AdapterError, match=r"holds 'w' twice, in model-1.* and model-2"):
+        open_folder(tmp_path)
+    save_file({"u": np.ones(2, "float32")}, tmp_path / "model-2.safetensors")
+    with pytest.raises(rl.AdapterError, match=r"lists 1 tensors that are in no shard: \['v'\]"):
+        open_folder(tmp_path)
+
+
+# Writing.
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.txt")}
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with whole_folder(tmp_path / "out") as temporary:
+        (temporary / "in").mkdir()
+        (temporary / "in" / "a.txt").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert contents(tmp_path) == {"out/in/a.txt": b"1"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [False, True])
+def test_nothing_is_left_of_a_folder_that_failed(tmp_path, error, before):
+    if before:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old.txt").write_text("old")
+    with pytest.raises(error, match="stop"):
+        with whole_folder(tmp_path / "out", overwrite=True) as temporary:
+            (temporary / "a.txt").write_text("1")
+            raise error("stop")
+    assert contents(tmp_path) == ({"out/old.txt": b"old"} if before else {})
+    assert len(list(tmp_path.iterdir())) == before
+
+
+def test_an_existing_folder_is_refused_and_replaced_only_when_told(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(rl.AdapterError, match=r"out exists already.*Pass overwrite=True"):
+        with whole_folder(out):
+            pytest.fail("the block must not run")
+    with whole_folder(out, overwrite=True) as temporary:
+        (temporary / "new.txt").write_text("new")
+        assert contents(out) == {"old.txt": b"old"}
+    assert contents(tmp_path) == {"out/new.txt": b"new"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_old_folder_comes_back_if_the_last_rename_fails(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", os.rename
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+
+    def fail(source, target):
+        if str(target) == str(out) and not str(source).endswith(".old"):
+            raise OSError("no space")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no space"):
+        with whole_folder(out, overwrite=True) as temporary:
+            (temporary / "new.txt").write_text("new")
+    assert contents(tmp_path) == {"out/old.txt": b"old"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(rl.AdapterError, match="exists already"):
+        with whole_folder(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs.txt").write_text("theirs")
+    assert contents(tmp_path) == {"out/theirs.txt": b"theirs"}
+
+
+def test_a_file_or_a_missing_parent_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(rl.AdapterError, match="file is a file, where a folder is to be written"):
+        with whole_folder(tmp_path / "file", overwrite=True):
+            pytest.fail("the block must not run")
+    with pytest.raises(rl.AdapterError, match=r"there is no folder .*nowhere"):
+        with whole_folder(tmp_path / "nowhere" / "out"):
+            pytest.fail("the block must not run")

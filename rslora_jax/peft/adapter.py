@@ -1,5 +1,6 @@
 """Adapter: a PEFT folder in memory, and the names of its tensors in a file."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -81,9 +82,8 @@ def tensors_of(adapter: PeftAdapter) -> dict[str, np.ndarray]:
         owner, _, last = name.rpartition(".")
         found.append((f"{owner}{NESTED if owner in plain else ''}.{last}", array))
     found += [(f"{name}.{TOKENS}", rows) for name, (_, rows) in adapter.tokens.items()]
-    names = [name for name, _ in found]
-    twice = sorted({name for name in names if names.count(name) > 1}) if names else []
-    if twice or len(set(names)) < len(names):
+    twice = sorted(name for name, count in Counter(n for n, _ in found).items() if count > 1)
+    if twice:
         raise AdapterError(f"Two tensors would be named {twice[:3]}. Give each module one name.")
     # safetensors writes the buffer as it lies: a transposed view would be written untransposed.
     return {PREFIX + name: np.asarray(array, order="C") for name, array in sorted(found)}

@@ -5,6 +5,7 @@ The layout is that of PEFT 0.21.2 (`peft/utils/save_and_load.py`, `peft/tuners/l
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -81,11 +82,24 @@ def write(folder: str | Path, adapter: PeftAdapter, overwrite: bool = False) -> 
     save = extra("safetensors.numpy", "rslora_jax[cli]", "Writing a PEFT folder").save_file
     arrays = tensors_of(adapter)
     order = tuple(dict.fromkeys(m.parameter for m in _deepest_first(adapter) if m.parameter))
-    assemble(adapter.settings, arrays, True, order or PARAMETERS)
+    checked = assemble(adapter.settings, arrays, True, order or PARAMETERS)
+    _check_scales(adapter, checked)
     with whole_folder(folder, overwrite) as temporary:
         text = json.dumps(adapter.settings.to_dict(), indent=2, sort_keys=True)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
         save(arrays, temporary / WEIGHTS, metadata={"format": "pt"})
+
+
+def _check_scales(adapter: PeftAdapter, checked: PeftAdapter) -> None:
+    """A file holds no scale: every reader computes it from the settings."""
+    scales = {module.weight: module.scale for module in checked.modules}
+    for module in adapter.modules:
+        if not math.isclose(module.scale, scales.get(module.weight, math.nan), rel_tol=1e-6):
+            raise AdapterError(
+                f"{module.weight!r} has the scale {module.scale}, but the settings give "
+                f"{scales.get(module.weight)}, which every reader would use. Correct lora_alpha or "
+                "alpha_pattern, or multiply B by the quotient."
+            )
 
 
 def _deepest_first(adapter: PeftAdapter) -> list[Module]:

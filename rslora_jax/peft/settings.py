@@ -29,9 +29,9 @@ REFUSED = {
 }
 # Settings that say how the adapter was trained or where its base is, not what it computes.
 SILENT = (
-    "auto_mapping", "corda_config", "eva_config", "inference_mode",
-    "lora_ga_config", "loftq_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "runtime_config", "velora_config",
+    "auto_mapping", "corda_config", "eva_config", "inference_mode", "lora_ga_config",
+    "loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "runtime_config", "velora_config",
 )  # fmt: skip
 NEWER = (
     "ensure_weight_tying", "exclude_modules", "lora_bias", "target_parameters",
@@ -116,12 +116,11 @@ class Settings:
           AdapterError: if it is missing, no JSON, or holds what cannot be read; see `from_dict`.
         """
         file = Path(path, CONFIG) if Path(path).is_dir() else Path(path)
+        data = read_json(file)
         try:
-            return cls.from_dict(read_json(file))
+            return cls.from_dict(data)
         except AdapterError as error:
-            # The reason is enough where the reader of JSON has named the file already.
-            message = str(error) if str(file) in str(error) else f"{file}: {error}"
-            raise AdapterError(message) from error
+            raise AdapterError(f"{file}: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Settings":
@@ -151,9 +150,8 @@ class Settings:
         _warn_unknown({str(k): v for k, v in data.items() if k not in names}, data)
         nothing = dataclasses.MISSING
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        null_is_default = {n for n in names if defaults[n] not in (nothing, None)}
         kept: dict[str, Any] = {n: v for n, v in data.items() if n in names}
-        empty = [n for n, v in kept.items() if v is None and n in null_is_default]
+        empty = {n for n, v in kept.items() if v is None and defaults[n] not in (nothing, None)}
         return cls(**{n: v for n, v in kept.items() if n not in empty})
 
     def to_dict(self) -> dict[str, Any]:

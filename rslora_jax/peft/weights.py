@@ -129,7 +129,9 @@ def _merge_matrix(
     rows = max(1, BLOCK // before.shape[1])
     for start in range(0, len(before), rows):
         block = slice(start, start + rows)
-        total = before[block].astype(wide) + module.scale * (b[block] @ a)
+        total = b[block] @ a
+        total *= module.scale
+        total += before[block].astype(wide, copy=False)
         if sizes is not None:
             total *= sizes[block] / np.linalg.norm(total, axis=1, keepdims=True)
         after[block] = total.astype(after.dtype)
