@@ -1,5 +1,6 @@
 """Adapters travel to PEFT folders and back as one function."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,14 +15,17 @@ import rslora_jax as rl
 from llama import Llama, LlamaConfig
 from rslora_jax.axes import delta_subscripts
 from rslora_jax.factors import factors_of
-from rslora_jax.paths import AdapterError, flatten, lookup, unflatten
+from rslora_jax.folders import open_folder
+from rslora_jax.paths import AdapterError, flatten, insert, lookup, unflatten
 from rslora_jax.peft import modules as files
+from rslora_jax.peft.exporting import hf_tensors, merge_to_hf
 from rslora_jax.peft.modules import Module, PeftAdapter
 from rslora_jax.peft.names import LLAMA, llama, names
 from rslora_jax.peft.placing import place_all, places_of
 from rslora_jax.peft.replacing import fetch
 from rslora_jax.peft.settings import Settings
 from rslora_jax.peft.travel import from_adapter, load, save, to_adapter
+from rslora_jax.targets import choose
 from tests.quick import compiled
 
 SIZES = LlamaConfig(23, 8, 12, layers=2, heads=4, kv_heads=2, head_dim=2, attention_bias=True)
@@ -50,7 +54,7 @@ def randomized(sites, seed=0):
     lora = {}
     for site in sites:
         a, b = (rng.normal(size=s).astype(np.float32) for s in site.factor_shapes)
-        rl.paths.insert(lora, site.path, {"a": a, "b": b})
+        insert(lora, site.path, {"a": a, "b": b})
     return lora
 
 
@@ -62,8 +66,6 @@ def adapter(request):
 
 @functools.cache
 def adapted(scaling="rslora", targets="all-linear", rules=RULES):
-    from rslora_jax.targets import choose
-
     config = rl.LoraConfig(4, 8.5, targets, rules=rules, scaling=scaling)
     with pytest.warns(UserWarning, match="the largest rank") if rules else _quiet():
         sites = choose(found(), config)
@@ -71,8 +73,6 @@ def adapted(scaling="rslora", targets="all-linear", rules=RULES):
 
 
 def _quiet():
-    import contextlib
-
     return contextlib.nullcontext()
 
 
@@ -132,12 +132,15 @@ def test_the_loaded_adapter_computes_the_same_logits_and_adapt_finds_its_sites(t
     lora, sites = adapted()
     save(tmp_path / "out", lora, sites)
     loaded = load(tmp_path / "out", params, sites=found())
-    apply = compiled(rl.attach(model.apply, loaded.sites))
-    wanted = compiled(model.apply)(rl.merge(rl.LoraParams(params, lora), sites), TOKENS)
-    np.testing.assert_allclose(apply(loaded.params, TOKENS), wanted, rtol=0, atol=2e-4)
-    assert loaded.sites[0].uses == found()[0].uses or loaded.sites[0].uses
+    apply = rl.attach(model.apply, loaded.sites)
+    found_logits, wanted = compiled(
+        lambda one, two: (apply(one, TOKENS), model.apply(rl.merge(two, sites), TOKENS))
+    )(loaded.params, rl.LoraParams(params, lora))
+    bound = 1e-5 * np.abs(wanted).max()
+    np.testing.assert_allclose(found_logits, wanted, rtol=0, atol=bound)
+    assert all(site.uses for site in loaded.sites)
     with pytest.warns(UserWarning, match="the largest rank"):
-        again = rl.targets.choose(found(), loaded.config)
+        again = choose(found(), loaded.config)
     assert facts(again) == facts(loaded.sites)
 
 
@@ -150,7 +153,7 @@ def test_single_layers_and_scanned_layers_write_the_same_folder(tmp_path):
             one = dataclasses.replace(site, path=path, axes="io", shape=site.shape[1:])
             many.append(one)
             factors = lookup(lora, site.path)
-            rl.paths.insert(single, path, {name: factors[name][k] for name in "ab"})
+            insert(single, path, {name: factors[name][k] for name in "ab"})
     one, two = to_adapter(lora, sites), to_adapter(single, many)
     for left, right in zip(sorted(one.modules), sorted(two.modules), strict=True):
         assert left[0] == right[0] and left[4:7] == right[4:7]
@@ -512,3 +515,82 @@ def test_interleaved_rows_are_permuted_with_the_base(tmp_path):
     where = places_of(placed.values())["model.layers.1.self_attn.q_proj.bias"]
     leaf = lookup(base()[1], where.placed.path)
     np.testing.assert_array_equal(fetch(where, leaf), leaf[1][order])
+
+
+def everything(folder):
+    opened = open_folder(folder)
+    return {name: opened.read(name) for name in opened.tensors}
+
+
+def test_merged_weights_are_written_under_the_names_of_transformers(tmp_path):
+    lora, sites = adapted()
+    params = rl.LoraParams(base()[1], lora)
+    seen = []
+    merge_to_hf(
+        tmp_path / "out",
+        params,
+        sites,
+        config={"tie_word_embeddings": False},
+        max_shard_bytes=2_000,
+        progress=lambda *call: seen.append(call),
+    )
+    tensors = everything(tmp_path / "out")
+    merged = flatten(rl.merge(params, sites))
+    leaves = dict(zip(merged.paths, merged.leaves, strict=True))
+    places = places_of(place_all(LLAMA, base()[1], None).values())
+    assert set(tensors) == set(places)
+    for name, where in places.items():
+        wanted = fetch(where, leaves[where.placed.path])
+        np.testing.assert_allclose(tensors[name], wanted, rtol=1e-6, atol=1e-5)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "tie_word_embeddings": False
+    }
+    assert seen[0][:2] == (0, len(tensors)) and seen[-1] == (len(tensors), len(tensors), "")
+
+
+def test_a_merged_tree_is_written_as_it_is_in_its_own_dtypes(tmp_path):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base()[1])
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    merge_to_hf(tmp_path / "out", params, config=tmp_path)
+    tensors = everything(tmp_path / "out")
+    head = params["params"]["lm_head"]["kernel"]
+    assert tensors["lm_head.weight"].dtype.name == "bfloat16"
+    np.testing.assert_array_equal(tensors["lm_head.weight"], np.asarray(head).T)
+    with pytest.raises(AdapterError, match="exists already"):
+        merge_to_hf(tmp_path / "out", params)
+
+
+def test_one_layer_of_a_stack_is_merged_at_a_time_in_bfloat16_too():
+    lora, sites = adapted(targets=r".*/q_proj/kernel", rules=())
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), base()[1])
+    tensors = dict(hf_tensors(rl.LoraParams(params, lora), sites))
+    weight = np.asarray(lookup(params, sites[0].path), np.float32)
+    change = changes(lora, sites)[sites[0].path]
+    for k in range(2):
+        found_weight = tensors[f"model.layers.{k}.self_attn.q_proj.weight"]
+        wanted = (weight[k] + change[k]).astype(np.float32).astype(found_weight.dtype).T
+        close = np.abs(found_weight.astype(np.float32) - wanted.astype(np.float32))
+        assert (close <= 2.0**-7 * np.abs(wanted.astype(np.float32))).all()
+        assert (close == 0).mean() > 0.95
+
+
+def test_an_export_that_would_not_be_the_model_is_refused(tmp_path):
+    lora, sites = adapted()
+    params = rl.LoraParams(base()[1], lora)
+    with pytest.raises(AdapterError, match="which transformers would not use"):
+        merge_to_hf(tmp_path / "out", params, sites, config={"tie_word_embeddings": True})
+    with pytest.raises(AdapterError, match="would draw at random"):
+        merge_to_hf(tmp_path / "out", base(tied=True)[1], config={"tie_word_embeddings": False})
+    with pytest.raises(AdapterError, match="No name matches the path 'extra'"):
+        merge_to_hf(tmp_path / "out", {**base()[1], "extra": np.ones(3)})
+    with pytest.raises(AdapterError, match="Sites with ranks were given with a plain tree"):
+        merge_to_hf(tmp_path / "out", base()[1], sites)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base()[1])
+    with pytest.raises(AdapterError, match="is a shape without numbers"):
+        merge_to_hf(tmp_path / "out", structs)
+    broken = jax.tree.map(np.array, lora)
+    lookup(broken, sites[0].path)["b"][1, 0, 0] = np.inf
+    with pytest.raises(AdapterError, match=f"Merging '{sites[0].path}' gives"):
+        merge_to_hf(tmp_path / "out", rl.LoraParams(base()[1], broken), sites)
+    assert list(tmp_path.iterdir()) == []

@@ -17,11 +17,11 @@ from rslora_jax.peft.arrange import part, weight_out
 from rslora_jax.peft.names import LLAMA
 from rslora_jax.peft.placing import Placed, base_of, place, place_all, places_of
 from rslora_jax.peft.rules import Name
+from rslora_jax.peft.shards import SHARD, write_folder
 from rslora_jax.sites import Site
 
 __all__ = ["hf_tensors", "merge_to_hf"]
 
-SHARD = 5_000_000_000
 Factors = Mapping[str, Mapping[str, Any]]
 
 
@@ -103,16 +103,13 @@ def merge_to_hf(  # noqa: PLR0913
       ...     sorted(file.name for file in Path(folder, "merged").iterdir())
       ['model.safetensors']
     """
-    # Reading it pulls in the writer alone.
-    from rslora_jax.peft.merging import write_folder  # noqa: PLC0415
-
     settings = _config(config)
     tensors = hf_tensors(params, sites, names)
-    total = list(_all_placed(tuple(names), base_of(params), sites).values())
-    named = [name for placed in total for name in placed.names().values()]
+    placed = _all_placed(tuple(names), base_of(params), sites)
+    named = [name for one in placed.values() for name in one.names().values()]
     _check_tied(settings, named)
     counted = _counted(tensors, len(named), progress)
-    write_folder(out, counted, settings, max_shard_bytes, overwrite)
+    write_folder(Path(out), counted, settings, max_shard_bytes, overwrite)
 
 
 def _tensors(
