@@ -56,12 +56,13 @@ def ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
-def check_pattern(pattern: str, where: str) -> None:
+def check_pattern(pattern: str, where: str, around: int = 0) -> None:
     """Refuses what is no regular expression, or could take for ever to match.
 
     Args:
       pattern: the regular expression.
       where: what it was read as, for the message.
+      around: how many unbounded repeats are put around it when it is matched.
 
     Raises:
       AdapterError: if it does not compile, or repeats what can itself repeat, such as
@@ -80,10 +81,10 @@ def check_pattern(pattern: str, where: str) -> None:
             f"{where} must be a regular expression, found {pattern[:200]!r}: {error}. Correct it."
         ) from error
     wild, choices = _cost(pattern) if len(pattern) <= LONGEST else (math.inf, 0)
-    if wild > WILD or choices > CHOICES:
+    if wild + around > WILD or choices > CHOICES:
         raise AdapterError(
             f"{where} is the regular expression {pattern[:200]!r}, which could take for ever to "
-            f"match: at most {WILD} unbounded repeats, {CHOICES} choices, {LONGEST:,} characters, "
+            f"match: at most {WILD - around} unbounded repeats, {CHOICES} choices, {LONGEST:,} characters, "
             "and no repeat of a repeat or of alternatives. Write a list of module names instead."
         )
 

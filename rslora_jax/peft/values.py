@@ -35,7 +35,7 @@ def checked(name: str, value: Any) -> Any:
     if name in ("target_parameters", "modules_to_save", "layers_pattern"):
         found = _names(name, [value] if name == "layers_pattern" and value else value)
         for pattern in found or () if name != "target_parameters" else ():
-            check_pattern(pattern, name)
+            check_pattern(pattern, name, around=1)
         return found
     simple = {
         "r": _rank, "lora_alpha": _number, "lora_dropout": _number, "bias": _bias,
@@ -98,7 +98,7 @@ def _pattern_values(name: str, value: Any) -> dict[str, Any]:
     for key in value:
         if not isinstance(key, str):
             raise AdapterError(f"{name} must have text as keys, found {key!r}.")
-        check_pattern(key, f"A key of {name}")
+        check_pattern(key, f"A key of {name}", around=1)
     return {key: one(f"{name}[{key!r}]", number) for key, number in value.items()}
 
 
