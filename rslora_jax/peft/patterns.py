@@ -84,8 +84,8 @@ def check_pattern(pattern: str, where: str, around: int = 0) -> None:
     if wild + around > WILD or choices > CHOICES:
         raise AdapterError(
             f"{where} is the regular expression {pattern[:200]!r}, which could take for ever to "
-            f"match: at most {WILD - around} unbounded repeats, {CHOICES} choices, {LONGEST:,} characters, "
-            "and no repeat of a repeat or of alternatives. Write a list of module names instead."
+            f"match: at most {WILD - around} unbounded repeats, {CHOICES} choices, {LONGEST:,} "
+            "characters, and no repeat of a repeat or of alternatives. Write module names instead."
         )
 
 
