@@ -321,8 +321,9 @@ def test_a_tied_embedding_is_refused_both_ways():
     with pytest.raises(AdapterError, match="used in a product too"):
         from_adapter(embedding_adapter(), params, sites=sites)
     site = next(dataclasses.replace(s, rank=2, alpha=8.0, scale=4.0) for s in sites if s.embedding)
-    with pytest.raises(AdapterError, match="PEFT adapts the lookup alone"):
-        to_adapter(randomized([site]), [site])
+    for one in (site, dataclasses.replace(site, uses=())):  # as found, and as restored
+        with pytest.raises(AdapterError, match="PEFT adapts the lookup alone"):
+            to_adapter(randomized([one]), [one])
 
 
 def test_the_bias_of_b_is_added_to_the_models_bias_times_the_scale():

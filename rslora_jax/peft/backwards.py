@@ -4,9 +4,15 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rslora_jax.paths import AdapterError
+from rslora_jax.peft.adapter import Module
+from rslora_jax.peft.layout import layout_of
+from rslora_jax.peft.placing import Placed
 from rslora_jax.peft.rules import INDEX, Name, fill, find
 
-__all__ = ["Place", "read_back"]
+__all__ = ["Place", "read_back", "tree_of"]
+
+Parts = dict[tuple[int, ...], Module]
 
 GROUP = r"\(((?!\?)(?:[^()]|\(\?:[^()]*\))*)\)"
 """A capturing group without another one in it; its text is the match's group."""
@@ -40,6 +46,45 @@ def read_back(rules: Sequence[Name], tensor: str) -> Place | None:
         if place and found and found.name == rule and fill(found.tensor, place.at) == tensor:
             return place
     return None
+
+
+def tree_of(modules: Sequence[Module], rules: Sequence[Name]) -> dict[str, Placed]:
+    """The parameters that an adapter tells of, without the tree, in a tree's order.
+
+    Args:
+      modules: of the adapter.
+      rules: the mapping of names.
+
+    Raises:
+      AdapterError: if no rule can be read backwards from a module, or its shape not be known.
+    """
+    seen: dict[str, dict[tuple[int, ...], Module]] = {}
+    for module in modules:
+        place = read_back(rules, module.weight)
+        if place is None:
+            raise AdapterError(
+                f"No rule can be read backwards from {module.weight!r} to a path. Pass the base "
+                "tree, or a rule of plain text and groups."
+            )
+        seen.setdefault(place.path, {})[place.at] = module
+    ordered = sorted(seen, key=lambda path: path.split("/"))
+    return {path: _guessed(path, rules, seen[path]) for path in ordered}
+
+
+def _guessed(path: str, rules: Sequence[Name], parts: Parts) -> Placed:
+    found = find(rules, path)
+    module = next(iter(parts.values()))
+    axes = found.name.axes if found is not None else ""
+    if found is None or axes.replace("b", "") not in ("io", "oi") or module.kind == "conv":
+        raise AdapterError(
+            f"The shape of {path!r} of axes {axes!r} cannot be read off {module.weight!r}. Pass "
+            "the base tree."
+        )
+    stack = [1 + max(at[k] for at in parts) for k in range(found.stacked)]
+    stack += list(module.a.shape[:-2])  # experts
+    size = {"i": module.a.shape[-1], "o": module.b.shape[-2]}
+    shape = tuple(size[axis] if axis in size else stack.pop(0) for axis in axes)
+    return Placed(path, "float32", layout_of(path, found, shape), found.tensor)
 
 
 def _place(rule: Name, tensor: str) -> Place | None:

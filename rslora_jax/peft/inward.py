@@ -12,14 +12,13 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError, flatten, insert, nearest
 from rslora_jax.peft.arrange import factor_shapes, factors_in
-from rslora_jax.peft.backwards import read_back
+from rslora_jax.peft.backwards import tree_of
 from rslora_jax.peft.coverage import check_coverage
-from rslora_jax.peft.layout import layout_of
 from rslora_jax.peft.modules import Module, PeftAdapter
 from rslora_jax.peft.names import LLAMA
 from rslora_jax.peft.placing import Placed, Where, base_of, place_all, places_of, refuse_tied
 from rslora_jax.peft.replacing import replaced_base
-from rslora_jax.peft.rules import Name, find
+from rslora_jax.peft.rules import Name
 from rslora_jax.peft.settings import Settings
 from rslora_jax.sites import Left, Site, Sites
 from rslora_jax.targets import config_of
@@ -72,7 +71,7 @@ def from_adapter(
     _refuse_dora(adapter.modules)
     rules = tuple(names)
     if params is None:
-        tree = _read_back(adapter.modules, rules)
+        tree = tree_of(adapter.modules, rules)
     else:
         tree = place_all(rules, params, sites)
     tensors = places_of(tree.values())
@@ -112,37 +111,6 @@ def _parts(modules: Sequence[Module], tensors: Mapping[str, Where]) -> dict[str,
             )
         parts.setdefault(where.placed.path, {})[where.at] = module
     return parts
-
-
-def _read_back(modules: Sequence[Module], rules: tuple[Name, ...]) -> dict[str, Placed]:
-    """The tree as far as the adapter tells of it."""
-    seen: dict[str, dict[tuple[int, ...], Module]] = {}
-    for module in modules:
-        place = read_back(rules, module.weight)
-        if place is None:
-            raise AdapterError(
-                f"No rule can be read backwards from {module.weight!r} to a path. Pass the base "
-                "tree, or a rule of plain text and groups."
-            )
-        seen.setdefault(place.path, {})[place.at] = module
-    ordered = sorted(seen, key=lambda path: path.split("/"))
-    return {path: _guessed(path, rules, seen[path]) for path in ordered}
-
-
-def _guessed(path: str, rules: tuple[Name, ...], parts: Parts) -> Placed:
-    found = find(rules, path)
-    module = next(iter(parts.values()))
-    axes = found.name.axes if found is not None else ""
-    if found is None or axes.replace("b", "") not in ("io", "oi") or module.kind == "conv":
-        raise AdapterError(
-            f"The shape of {path!r} of axes {axes!r} cannot be read off {module.weight!r}. Pass "
-            "the base tree."
-        )
-    stack = [1 + max(at[k] for at in parts) for k in range(found.stacked)]
-    stack += list(module.a.shape[:-2])  # experts
-    size = {"i": module.a.shape[-1], "o": module.b.shape[-2]}
-    shape = tuple(size[axis] if axis in size else stack.pop(0) for axis in axes)
-    return Placed(path, "float32", layout_of(path, found, shape), found.tensor)
 
 
 def _check_absent(

@@ -13,11 +13,11 @@ import numpy as np
 from rslora_jax.factors import factors_of
 from rslora_jax.paths import AdapterError
 from rslora_jax.peft.arrange import factors_out
+from rslora_jax.peft.keeping import Saved, Tokens, kept, rows_of, tensors_of_leaves
 from rslora_jax.peft.modules import PARAMETERS, Module, PeftAdapter
 from rslora_jax.peft.names import LLAMA
 from rslora_jax.peft.patterns import ends_with, matches
-from rslora_jax.peft.placing import Placed, Where, place, places_of, refuse_tied
-from rslora_jax.peft.replacing import fetch
+from rslora_jax.peft.placing import Placed, place, places_of, refuse_tied
 from rslora_jax.peft.rules import Name, find, module_of
 from rslora_jax.peft.settings import Settings
 from rslora_jax.sites import Site
@@ -26,9 +26,6 @@ from rslora_jax.targets import scaling_of
 __all__ = ["FORMS", "to_adapter"]
 
 FORMS = ("native", "portable")
-
-Saved = Mapping[str, Any]
-Tokens = Mapping[str, tuple[Sequence[int], Any]]
 
 
 def to_adapter(  # noqa: PLR0913
@@ -68,13 +65,13 @@ def to_adapter(  # noqa: PLR0913
     settings = _settings(modules, form, sites)
     if fan_in_fan_out is None:
         fan_in_fan_out = any(p.layout.kind == "linear" and p.layout.stored == "io" for p in placed)
-    full, where = _full(saved or {}, rules, sites, dtype)
-    rows = _rows(tokens or {}, rules, sites, dtype)
+    full, where = tensors_of_leaves(saved or {}, rules, sites, dtype)
+    rows = rows_of(tokens or {}, rules, sites, dtype)
     places_of([*placed, *(one for one in where if one.path not in {p.path for p in placed})])
     settings = dataclasses.replace(
         settings,
         **_targets(modules, sites, rules),
-        **_kept(full, modules),
+        **kept(full, modules),
         trainable_token_indices={name: at for name, (at, _) in rows.items()} or None,
         fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=base_model,
@@ -242,59 +239,3 @@ def _shortened(
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _full(
-    saved: Saved, rules: tuple[Name, ...], sites: Sequence[Site], dtype: Any
-) -> tuple[dict[str, np.ndarray], list[Placed]]:
-    """The saved leaves as tensors of the base."""
-    known = {site.path: site for site in sites}
-    tensors: dict[str, np.ndarray] = {}
-    placed = []
-    for path, leaf in saved.items():
-        one = place(rules, path, leaf, known.get(path))
-        placed.append(one)
-        for at, name in one.names().items():
-            array = _finite_tensor(path, fetch(Where(one, at), leaf))
-            tensors[name] = array if dtype is None else array.astype(dtype)
-    return tensors, placed
-
-
-def _finite_tensor(path: str, array: np.ndarray) -> np.ndarray:
-    if not np.isfinite(array).all():
-        raise AdapterError(f"{path!r} holds NaN or infinite values. Write an earlier checkpoint.")
-    return array
-
-
-def _rows(
-    tokens: Tokens, rules: tuple[Name, ...], sites: Sequence[Site], dtype: Any
-) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    known = {site.path: site for site in sites}
-    found = {}
-    for path, (indices, table) in tokens.items():
-        one = place(rules, path, table, known.get(path))
-        wanted = tuple(int(k) for k in indices)
-        if one.layout.kind != "embedding" or not all(0 <= k < one.layout.shape[0] for k in wanted):
-            raise AdapterError(
-                f"Rows {wanted[:8]} of {path!r} were to be written; it is {one.layout.kind} of "
-                f"shape {one.layout.shape}. Name rows of an embedding table."
-            )
-        rows = _finite_tensor(path, np.asarray(jax.device_get(table[np.asarray(wanted)])))
-        name = module_of(one.names()[()])[0]
-        found[name] = (wanted, rows if dtype is None else rows.astype(dtype))
-    return found
-
-
-def _kept(full: Mapping[str, np.ndarray], modules: Sequence[Module]) -> dict[str, Any]:
-    """`modules_to_save` and `bias` for the tensors that are written in full."""
-    adapted = {module.name for module in modules}
-    owners = {name: name.rpartition(".")[0] for name in full}
-    biases = [n for n, owner in owners.items() if owner in adapted and n.endswith(".bias")]
-    clash = [n for n, owner in owners.items() if owner in adapted and n not in biases]
-    if clash:
-        raise AdapterError(
-            f"{clash[0]!r} is adapted and was to be saved in full too. Do one of them: merge the "
-            "adapter, or leave the leaf out of `saved`."
-        )
-    whole = tuple(dict.fromkeys(owner for owner in owners.values() if owner not in adapted))
-    return {"bias": "lora_only" if biases else "none", "modules_to_save": whole or None}

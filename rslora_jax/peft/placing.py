@@ -141,11 +141,13 @@ def refuse_tied(placed: Placed, tensors: Mapping[str, Any] | None) -> None:
     """
     if placed.layout.kind != "embedding":
         return
-    uses = placed.site.uses if placed.site is not None else ()
-    if any(use.kind == "product" for use in uses):
+    site = placed.site
+    uses = site.uses if site is not None else ()
+    named = placed.tensor.endswith("embed_tokens.weight")
+    if any(use.kind == "product" for use in uses) or (site is not None and site.head):
         why = "its rows are looked up, and it is used in a product too (a tied head)"
         remedy = "Leave it out, or give the model a head of its own"
-    elif not uses and tensors is not None and "lm_head.weight" not in tensors:
+    elif named and not uses and tensors is not None and "lm_head.weight" not in tensors:
         why = "there is no lm_head, so it may be the head too"
         remedy = "Pass sites=rl.find_sites(...), which show how it is used"
     else:
