@@ -72,13 +72,15 @@ def rows_of(
 def kept(full: Mapping[str, np.ndarray], modules: Sequence[Module]) -> dict[str, Any]:
     """`modules_to_save` and `bias` for the tensors that are written in full."""
     adapted = {module.name for module in modules}
-    owners = {name: name.rpartition(".")[0] for name in full}
-    biases = [n for n, owner in owners.items() if owner in adapted and n.endswith(".bias")]
-    clash = [n for n, owner in owners.items() if owner in adapted and n not in biases]
+    biases = {name.removesuffix(".bias") for name in full if name.endswith(".bias")}
+    whole = tuple(dict.fromkeys(n.rpartition(".")[0] for n in full if not n.endswith(".bias")))
+    clash = [name for name in full if name.rpartition(".")[0] in adapted.intersection(whole)]
     if clash:
         raise AdapterError(
             f"{clash[0]!r} is adapted and was to be saved in full too. Do one of them: merge the "
             "adapter, or leave the leaf out of `saved`."
         )
-    whole = tuple(dict.fromkeys(owner for owner in owners.values() if owner not in adapted))
-    return {"bias": "lora_only" if biases else "none", "modules_to_save": whole or None}
+    # PEFT reads a module to save as a whole, so a bias alone has to come in by another door.
+    alone = biases.difference(whole)
+    bias = "none" if not alone else "lora_only" if alone <= adapted else "all"
+    return {"bias": bias, "modules_to_save": whole or None}
