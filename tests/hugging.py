@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+import rslora_jax as rl
 from llama import Llama, LlamaConfig
-from rslora_jax.peft.names import LLAMA, Names, names
-from rslora_jax.peft.rules import Name
+from rslora_jax.peft import LLAMA, Name, load, names, save
 
 FIXTURES = Path(__file__).parent / "peft_fixtures"
+CASES = sorted(str(f.parent.relative_to(FIXTURES)) for f in FIXTURES.glob("*/*/made.safetensors"))
+REFUSED = [case for case in CASES if "dora" in case or case == "zoo/conv2d_grouped"]
+HELD = [case for case in CASES if case not in REFUSED]
 
 ZOO = names(
     [
@@ -38,7 +41,7 @@ class Family(NamedTuple):
 
     apply: Any
     params: Any
-    names: Names
+    names: tuple[Name, ...]
     inputs: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
 
@@ -84,9 +87,46 @@ def family(name):
     return Family(apply, params, rules, numbered(made, "in"), numbered(made, "out"))
 
 
+@functools.cache
+def sites_of(name):
+    made = family(name)
+    return rl.find_sites(made.apply, made.params, *made.inputs)
+
+
+@functools.cache
+def loaded(case):
+    name = case.split("/")[0]
+    return load(FIXTURES / case, family(name).params, family(name).names, sites=sites_of(name))
+
+
+def resave(case, folder, form):
+    """Writes what was loaded, with everything that it replaced."""
+    one, name = loaded(case), case.split("/")[0]
+    flat = rl.paths.flatten(one.params.base)
+    leaves = dict(zip(flat.paths, flat.leaves, strict=True))
+    save(
+        folder,
+        one.params.lora,
+        one.sites,
+        family(name).names,
+        form,
+        task_type=one.adapter.settings.task_type,
+        saved={path: leaves[path] for path in one.replaced if path not in one.tokens},
+        tokens={path: (rows, leaves[path]) for path, rows in one.tokens.items()},
+    )
+    return folder
+
+
 def numbered(made, name):
     """`name.0`, `name.1`, ... of a file, in order."""
     return tuple(made[key] for key in sorted(made) if key.startswith(name + "."))
+
+
+def assert_close(found, wanted, tolerance=1e-5):
+    """Equal in shape and within the tolerance of the largest number."""
+    found = np.asarray(found)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def llama_of(folder):

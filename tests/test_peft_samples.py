@@ -3,21 +3,27 @@
 tests/interop/make_fixtures.py made them, and says what each file holds.
 """
 
-import functools
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import rslora_jax as rl
 from rslora_jax.axes import delta_subscripts
-from rslora_jax.peft import hf_tensors, load, merge_folders, save
-from tests.hugging import FIXTURES, family, numbered
+from rslora_jax.peft import hf_tensors, load, merge_folders
+from tests.hugging import (
+    CASES,
+    FIXTURES,
+    HELD,
+    REFUSED,
+    assert_close,
+    family,
+    loaded,
+    numbered,
+    resave,
+    sites_of,
+)
 from tests.quick import compiled
 
-CASES = sorted(str(f.parent.relative_to(FIXTURES)) for f in FIXTURES.glob("*/*/made.safetensors"))
-REFUSED = [case for case in CASES if "dora" in case or case == "zoo/conv2d_grouped"]
-HELD = [case for case in CASES if case not in REFUSED]
 # One of each way in which a tree and Hugging Face arrange a weight.
 KINDS = [
     "experts_in_out/both",
@@ -40,49 +46,13 @@ NOT_WRITTEN = {
 }
 
 
-@functools.cache
-def sites_of(name):
-    made = family(name)
-    return rl.find_sites(made.apply, made.params, *made.inputs)
-
-
-@functools.cache
-def loaded(case):
-    name = case.split("/")[0]
-    return load(FIXTURES / case, family(name).params, family(name).names, sites=sites_of(name))
-
-
 def tensors_of(folder):
     return load_file(folder / "adapter_model.safetensors")
-
-
-def assert_close(found, wanted, tolerance=1e-5):
-    """Equal in shape and within the tolerance of the largest number."""
-    found = np.asarray(found)
-    assert found.shape == wanted.shape
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def outputs_of(apply, *args):
     outputs = compiled(apply)(*args)
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def resave(case, folder, form):
-    """Writes what was loaded, with everything that it replaced."""
-    one, name = loaded(case), case.split("/")[0]
-    flat = rl.paths.flatten(one.params.base)
-    leaves = dict(zip(flat.paths, flat.leaves, strict=True))
-    save(
-        folder,
-        one.params.lora,
-        one.sites,
-        family(name).names,
-        form,
-        saved={path: leaves[path] for path in one.replaced if path not in one.tokens},
-        tokens={path: (rows, leaves[path]) for path, rows in one.tokens.items()},
-    )
-    return folder
 
 
 def weights_of(one):

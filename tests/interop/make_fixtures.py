@@ -1,6 +1,6 @@
 """Write tests/peft_fixtures: adapters made by real PEFT, with their inputs and outputs.
 
-    PYTHONHASHSEED=0 python tests/interop/make_fixtures.py
+    HF_HUB_OFFLINE=1 PYTHONHASHSEED=0 python tests/interop/make_fixtures.py
 
 Every model is tiny and random. A folder of a family (`llama`, `zoo`, `experts_*`) holds
 
