@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rslora_jax.commands.adapters import combine, convert, inspect, merge
 from rslora_jax.commands.measure import spectrum, stability, walkthrough
 from rslora_jax.extras import extra
 from rslora_jax.paths import AdapterError
@@ -13,16 +14,17 @@ __all__ = ["COMMANDS", "main"]
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell reports the signals
 
-DESCRIPTION = """Measure rank-stabilized LoRA: scale alpha/sqrt(r) against alpha/r.
+DESCRIPTION = """Measure rank-stabilized LoRA, and take adapters from tool to tool.
 
 Start with `rslora walkthrough`: it needs no model and no data, and shows in seconds what the
-scale does and what it does not. `rslora COMMAND --help` explains a command.
+scale does and what it does not. `inspect`, `convert`, `merge` and `combine` work on folders with
+adapters, this library's and PEFT's. `rslora COMMAND --help` explains a command.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what to do), 130 interrupted."""
 
 
 # To add a command, write a function with annotated arguments in `commands` and put it here.
-COMMANDS = (walkthrough, stability, spectrum)
+COMMANDS = (walkthrough, stability, spectrum, inspect, convert, merge, combine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
