@@ -1,6 +1,7 @@
 """The contract: every construct of the table x every property that adapters promise."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,19 +107,30 @@ def model(name, dtype="float32"):
 
 
 def differentiated(function, lora, args, *, reverse):
-    """Floating outputs, and derivatives with respect to the factors and floating inputs."""
+    """The outputs, and derivatives with respect to the factors and floating inputs."""
     leaves, treedef = jax.tree.flatten(args)
     places = [k for k, leaf in enumerate(leaves) if is_floating(leaf)]
 
     def outputs(lora, values):
         filled = dict(enumerate(leaves)) | dict(zip(places, values, strict=True))
-        return floats(function(lora, *jax.tree.unflatten(treedef, list(filled.values()))))
+        outs = function(lora, *jax.tree.unflatten(treedef, list(filled.values())))
+        return floats(outs), outs
 
     at = (lora, [leaves[k] for k in places])
     if not reverse:
-        return jax.jvp(outputs, at, jax.tree.map(jnp.cos, at))
-    outs, pullback = jax.vjp(outputs, *at)
-    return outs, pullback([jnp.cos(3 * out + 1) for out in outs])
+        _, tangents, outs = jax.jvp(outputs, at, jax.tree.map(jnp.cos, at), has_aux=True)
+        return outs, tangents
+    values, pullback, outs = jax.vjp(outputs, *at, has_aux=True)
+    return outs, pullback([jnp.cos(3 * value + 1) for value in values])
+
+
+class Compared(NamedTuple):
+    """What one compiled program tells about a construct, so that many tests can read it."""
+
+    adapted: Any
+    merged: Any
+    weights: Any
+    unmerged: Any
 
 
 @functools.cache
@@ -128,11 +140,13 @@ def comparison(name, dtype):
     reverse = CONSTRUCTS[name].reverse
 
     def compare(base, lora, args):
+        weights = rl.merge(rl.LoraParams(base, lora), sites)
         functions = (
             lambda lora, *args: apply(rl.LoraParams(base, lora), *args),
             lambda lora, *args: apply_fn(rl.merge(rl.LoraParams(base, lora), sites), *args),
         )
-        return [differentiated(f, lora, args, reverse=reverse) for f in functions]
+        results = (differentiated(f, lora, args, reverse=reverse) for f in functions)
+        return Compared(*results, weights, rl.unmerge(weights, lora, sites))
 
     return compiled(compare)
 
@@ -145,6 +159,13 @@ def both(name, dtype, lora):
 @functools.cache
 def result(name, dtype):
     return both(name, dtype, model(name, dtype)[2].lora)
+
+
+@functools.cache
+def at_zero_b(name):
+    """The outputs of the adapted function and of the merged model at zero `b`, compiled."""
+    results = both(name, "float32", at_initialization(model(name)[2].lora))
+    return results.adapted[0], results.merged[0]
 
 
 def assert_close(found, expected, tolerance):
@@ -193,44 +214,39 @@ def test_adapters_with_zero_b_change_no_bit_of_the_eager_outputs(name):
 
 @every_construct
 def test_adapters_with_zero_b_change_nothing_when_compiled(name):
-    lora = at_initialization(model(name)[2].lora)
-    (adapted, _), (base, _) = both(name, "float32", lora)
-    assert_close(adapted, base, 1e-6)
+    assert_close(*at_zero_b(name), 1e-6)
 
 
 @every_construct
 def test_outputs_equal_those_of_the_merged_model(name):
-    (adapted, _), (merged, _) = result(name, "float32")
-    assert_close(adapted, merged, 1e-5)
+    assert_close(result(name, "float32").adapted[0], result(name, "float32").merged[0], 1e-5)
 
 
 @every_construct
 def test_gradients_equal_those_through_the_merged_model(name):
-    (_, adapted), (_, merged) = result(name, "float32")
-    assert_close(adapted, merged, 1e-4)
+    assert_close(result(name, "float32").adapted[1], result(name, "float32").merged[1], 1e-4)
 
 
 @every_double
 def test_outputs_equal_those_of_the_merged_model_in_float64(name):
     with jax.enable_x64(True):
-        (adapted, _), (merged, _) = result(name, "float64")
-        assert all(out.dtype == jnp.float64 for out in adapted)
+        (adapted, _), (merged, _), *_ = result(name, "float64")
+        assert all(out.dtype == jnp.float64 for out in floats(adapted))
         assert_close(adapted, merged, 1e-12)
 
 
 @every_double
 def test_gradients_equal_those_through_the_merged_model_in_float64(name):
     with jax.enable_x64(True):
-        (_, adapted), (_, merged) = result(name, "float64")
+        (_, adapted), (_, merged), *_ = result(name, "float64")
         assert_close(adapted, merged, 1e-10)
 
 
 @every_construct
 def test_adapters_change_the_outputs(name):
-    lora = at_initialization(model(name)[2].lora)
-    (base, _), _ = both(name, "float32", lora)
-    (moved, _), _ = result(name, "float32")
-    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(base, moved, strict=True))
+    base, moved = floats(at_zero_b(name)[0]), floats(result(name, "float32").adapted[0])
+    pairs = zip(map(np.asarray, base), map(np.asarray, moved), strict=True)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in pairs)
 
 
 @functools.cache
@@ -254,7 +270,7 @@ def with_base(apply, base, lora, *args):
 @every_tapped
 def test_taps_change_no_output_and_no_gradient(name):
     outs, derivatives, _ = tapped(name)
-    (plain_outs, plain_derivatives), _ = result(name, "float32")
+    plain_outs, plain_derivatives = result(name, "float32").adapted
     assert_close(outs, plain_outs, 1e-6)
     assert_close(derivatives, plain_derivatives, 1e-5)
 
@@ -276,9 +292,7 @@ def test_taps_see_in_each_module_at_least_the_work_that_the_adapter_does_there(n
 @every_construct
 def test_compiled_outputs_equal_eager_ones(name):
     _, args, params, apply, _ = model(name)
-    eager = apply(params, *args)
-    (compiled, _), _ = result(name, "float32")
-    assert_close(floats(eager), compiled, 1e-5)
+    assert_close(apply(params, *args), result(name, "float32").adapted[0], 1e-5)
 
 
 def variants(args):
@@ -296,51 +310,63 @@ def nth(tree, k):
     return jax.tree.map(lambda leaf: leaf[k], tree)
 
 
+def two_adapters(lora):
+    return jax.tree.map(lambda leaf: np.stack([leaf, np.cos(7 * leaf)]), lora)
+
+
 @functools.cache
-def once(name):
-    """The adapted function, compiled for single inputs and adapters."""
-    apply = model(name)[3]
-    return compiled(lambda base, lora, args: apply(rl.LoraParams(base, lora), *args))
+def mapped(name):
+    """The outputs for two inputs and those for two adapters, each by a `vmap`."""
+    _, args, params, apply, _ = model(name)
+    construct = CONSTRUCTS[name]
+
+    def map_both(base, lora, args, inputs, adapters):
+        over_inputs = jax.vmap(lambda *x: apply(rl.LoraParams(base, lora), *x))
+        over_adapters = jax.vmap(lambda lora: apply(rl.LoraParams(base, lora), *args))
+        return (
+            over_inputs(*inputs) if construct.batched else None,
+            over_adapters(adapters) if construct.stackable else None,
+        )
+
+    return run(map_both, *params, args, variants(args), two_adapters(params.lora))
+
+
+def once(name, lora, args):
+    """The outputs for one input and one adapter."""
+    return comparison(name, "float32")(model(name)[2].base, lora, args).adapted[0]
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if CONSTRUCTS[n].batched])
 def test_vmap_over_inputs_equals_a_loop(name):
-    _, args, params, apply, _ = model(name)
-    stack = variants(args)
-    mapped = run(lambda p, stack: jax.vmap(lambda *x: apply(p, *x))(*stack), params, stack)
+    _, args, params, _, _ = model(name)
     for k in range(2):
-        assert_close(nth(mapped, k), once(name)(params.base, params.lora, nth(stack, k)), 1e-5)
+        alone = once(name, params.lora, nth(variants(args), k))
+        assert_close(nth(mapped(name)[0], k), alone, 1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if CONSTRUCTS[n].stackable])
 def test_vmap_over_a_stack_of_adapters_equals_a_loop(name):
-    _, args, params, apply, _ = model(name)
-    stack = jax.tree.map(lambda leaf: np.stack([leaf, np.cos(7 * leaf)]), params.lora)
-
-    def over_adapters(base, stack, args):
-        return jax.vmap(lambda lora: apply(rl.LoraParams(base, lora), *args))(stack)
-
-    mapped = run(over_adapters, params.base, stack, args)
+    _, args, params, _, _ = model(name)
     for k in range(2):
-        assert_close(nth(mapped, k), once(name)(params.base, nth(stack, k), args), 1e-5)
+        alone = once(name, nth(two_adapters(params.lora), k), args)
+        assert_close(nth(mapped(name)[1], k), alone, 1e-5)
 
 
 def assert_close_in_half_precision(name, dtype, tolerance):
     """Base and inputs in `dtype`, factors in float32, against the merged float32 model."""
     apply_fn, args, params, apply, sites = model(name, dtype)
-    wide_sites = model(name)[-1]
-    wide = params._replace(base=cast(params.base, jnp.float32))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params.lora))
+    originals = []
 
-    def compare(params, args, wide, wide_args):
-        reference = apply_fn(rl.merge(wide, wide_sites), *wide_args)
-        merged = rl.merge(params, sites)
-        return apply(params, *args), apply_fn(params.base, *args), merged, reference
+    def adapt_and_merge(params, args):
+        originals.append(abstract(apply_fn(params.base, *args)))
+        return apply(params, *args), rl.merge(params, sites)
 
-    results = run(compare, params, args, wide, cast(args, jnp.float32))
-    adapted, original, merged, reference = results
+    adapted, merged = run(adapt_and_merge, params, args)
+    wide = (cast(tree, jnp.float32) for tree in (params.base, params.lora, args))
+    reference, _ = comparison(name, "float32")(*wide).merged
     assert_same_types(merged, params.base)
-    assert_same_types(adapted, original)
+    assert_same_types(abstract(adapted), originals[0])
     assert_close(floats(adapted), floats(reference), tolerance)
 
 
@@ -369,12 +395,7 @@ def test_float16_models_keep_their_dtype_and_stay_near_the_float32_model(name):
 @every_construct
 def test_merged_weights_keep_structure_and_dtypes_and_can_be_unmerged(name):
     _, _, params, _, sites = model(name)
-
-    def there_and_back(params):
-        merged = rl.merge(params, sites)
-        return merged, rl.unmerge(merged, params.lora, sites)
-
-    merged, back = run(there_and_back, params)
+    _, _, merged, back = result(name, "float32")
     assert_same_types(merged, params.base)
     pairs = list(zip(floats(merged), floats(params.base), strict=True))
     assert sum(not np.array_equal(one, other) for one, other in pairs) == len(sites)

@@ -16,6 +16,14 @@ from rslora_jax.tables import Table
 RANKS, N = (4, 8, 16, 32, 64), 512
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """Optimizations are worth their time where small programs run on many draws."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @functools.cache
 def checked(scaling, optimizer="sgd", init="kaiming", steps=1):
     return definition_check(RANKS, scaling, optimizer, init, draws=192, steps=steps, n=N)
