@@ -189,7 +189,7 @@ def _check_shapes(placed: Placed, module: Module) -> None:
             f"{module.weight!r} is {module.kind} with factors of shapes {found[0]} and {found[1]}; "
             f"{placed.path!r} of shape {layout.shape} and axes {layout.axes!r} is {layout.kind}, "
             f"and takes {wanted[0]} and {wanted[1]}. Pass the base that was adapted, or correct "
-            "the name's axes; a grouped convolution can only be merged (peft.merge_folders)."
+            "the name's axes; a grouped convolution can be neither held nor merged: serve it in PEFT."
         )
 
 
