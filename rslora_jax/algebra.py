@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rslora_jax.config import SCALINGS, LoraConfig, Scaling, alpha_of, scale
 from rslora_jax.factors import factors_of, init
@@ -266,7 +267,13 @@ def _times(factors: Factors, number: float) -> Factors:
         return factors
     b = factors["b"]
     wide = jnp.promote_types(b.dtype, jnp.float32)
-    return {**factors, "b": (b.astype(wide) * number).astype(b.dtype)}
+    product = (b.astype(wide) * number).astype(b.dtype)
+    if not isinstance(product, Tracer) and not bool(jnp.isfinite(product).all()):
+        raise AdapterError(
+            f"A factor b times {number:g} is not finite in {b.dtype}. Look for NaN or infinity in "
+            "it, or cast the factors to float32 first."
+        )
+    return {**factors, "b": product}
 
 
 def _cut(target: Site, site: Site, factors: Factors) -> tuple[Factors, list[dict[str, Any]]]:

@@ -312,3 +312,9 @@ def test_bad_requests_say_what_is_wrong():
     with pytest.raises(rl.AdapterError, match=r"alpha/sqrt\(r\) or alpha/r for all sites alike"):
         odd = [rl.Site("w", "io", (2, 2), "float32", rank=4, alpha=2.0, scale=0.7)]
         algebra.combine([({"w": {"a": jnp.ones((2, 4)), "b": jnp.ones((4, 2))}}, odd, 1.0)])
+
+
+def test_a_multiple_that_overflows_is_refused():
+    lora, sites = adapter(2, dtype="float16")
+    with pytest.raises(rl.AdapterError, match="times 1e\\+06 is not finite in float16"):
+        algebra.scale_by(lora, sites, 1e6)

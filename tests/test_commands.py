@@ -224,3 +224,106 @@ def test_adapters_of_different_bases_are_not_combined(adapters, folders, capsys)
     assert run(folders, "combine", "out", "one", "three") == 2
     err = capsys.readouterr().err
     assert "trained on different bases" in err and "'head'" in err
+
+
+def peft_folder(path, name, *, tensors=None, **settings):
+    """A folder of one module, as PEFT writes it."""
+    arrays = {
+        f"base_model.model.{name}.lora_A.weight": draw(2, 6),
+        f"base_model.model.{name}.lora_B.weight": draw(5, 2),
+        **(tensors or {}),
+    }
+    path.mkdir()
+    save_file(arrays, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [name], **settings}
+    (path / "adapter_config.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize(
+    ("held", "settings", "name"),
+    [
+        ("lm_head.lora_B.bias", {"lora_bias": True}, "lm_head.lora_B.bias"),
+        ("norm.weight", {"modules_to_save": ["norm"]}, "norm.weight"),
+    ],
+)
+@pytest.mark.parametrize("command", ["convert", "combine"])
+def test_what_only_a_model_can_take_is_not_dropped(folders, command, held, settings, name, capsys):
+    extra = {f"base_model.model.{held}": draw(5)}
+    peft_folder(folders / "holds", "lm_head", tensors=extra, **settings)
+    order = ("holds", "out") if command == "convert" else ("out", "holds")
+    assert run(folders, command, *order, "--to", "peft-portable", "--names", "names.json") == 2
+    err = capsys.readouterr().err
+    assert f"also holds {name!r}" in err and "rslora merge" in err and err.count("\n") == 1
+    assert not (folders / "out").exists()
+    assert run(folders, "inspect", "holds") == 0
+    assert f"beside them 1 tensors of the base: {name}" in capsys.readouterr().out
+
+
+def test_what_a_peft_folder_says_of_its_model_is_kept_on_the_way(folders):
+    told = {"base_model_name_or_path": "some/model", "task_type": "SEQ_CLS"}
+    peft_folder(folders / "told", "lm_head", **told)
+    names = ("--names", "names.json")
+    assert run(folders, "convert", "told", "out", "--to", "orbax", *names) == 0
+    back = folders / "back"
+    assert run(folders, "convert", "out", str(back), "--to", "peft-portable", *names) == 0
+    settings = json.loads((back / "adapter_config.json").read_text())
+    assert {name: settings[name] for name in told} == told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["combine", "work", "work/a", "work/b", "--overwrite"],
+        ["convert", "work/a", "work", "--to", "orbax", "--overwrite"],
+        ["merge", "base", "work/a", "work", "--overwrite"],
+    ],
+)
+def test_an_output_that_holds_its_source_is_refused(adapters, folders, arguments, capsys):
+    (folders / "work").mkdir()
+    for name, (params, sites, config) in zip("ab", adapters, strict=True):
+        rl.checkpoint.save(folders / "work" / name, params, sites, config)
+    there = [str(folders / each) if "work" in each else each for each in arguments]
+    assert run(folders, *there) == 2
+    assert "which is read and would be replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in (folders / "work").iterdir()) == ["a", "b"]
+
+
+def test_overwrite_replaces_adapters_and_models_alone(folders, capsys):
+    (folders / "thesis").mkdir()
+    (folders / "thesis" / "notes.txt").write_text("mine")
+    where = str(folders / "thesis")
+    assert run(folders, "convert", "one", where, "--to", "orbax", "--overwrite") == 2
+    assert "is no adapter and no model, but holds ['notes.txt']" in capsys.readouterr().err
+    assert (folders / "thesis" / "notes.txt").read_text() == "mine"
+    assert run(folders, "convert", "one", "two", "--to", "orbax", "--overwrite") == 0
+
+
+def test_adapters_of_differently_named_trees_are_not_combined(adapters, folders, capsys):
+    other = json.dumps([{**rule, "path": f"(?:params/)?{rule['path']}"} for rule in RULES])
+    (folders / "names.json").write_text(other)
+    params, sites, config = adapters[0]
+    moved = [rl.Site(**{**vars(s), "path": f"params/{s.path}", "rule": ""}) for s in sites]
+    config = rl.algebra.combine([(params.lora, sites, 1.0)]).config
+    lora = {"params": params.lora}
+    rl.checkpoint.save(folders / "moved", lora, moved, config)
+    assert run(folders, "combine", "out", "one", "moved", "--names", "names.json") == 2
+    err = capsys.readouterr().err
+    assert "'params/blocks/down'" in err and "differently named trees" in err
+
+
+def test_factors_in_bfloat16_are_not_rounded_again_when_they_are_merged(adapters, folders):
+    params, sites, config = adapters[0]
+    lora = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.lora)
+    rl.checkpoint.save(folders / "half", params._replace(lora=lora), sites, config)
+    assert run(folders, "merge", "base", "half", "out", "--names", "names.json") == 0
+    found = load_file(folders / "out" / "model.safetensors")
+    for name, tensor in hf_tensors(rl.LoraParams(BASE, lora), sites, NAMES):
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_another_head_than_the_adapter_was_trained_beside_is_another_base(folders, capsys):
+    tensors = load_file(folders / "base" / "model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, folders / "base" / "model.safetensors")
+    assert run(folders, "merge", "base", "one", "out", "--names", "names.json") == 2
+    assert "the weight at 'head'" in capsys.readouterr().err

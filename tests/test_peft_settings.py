@@ -272,3 +272,22 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(rl.AdapterError, match=r"adapter_config\.json cannot be read as JSON: "):
         Settings.read(tmp_path)
+
+
+def test_alternatives_of_one_beginning_multiply_with_repeats_and_are_refused():
+    with pytest.raises(rl.AdapterError, match="could take for ever to match"):
+        check_pattern("(?:a|a)" * 16 + ".*.*.*.*b", "target_modules")
+    check_pattern(r".*\.(q|k|v|o)_proj.*(up|down).*(a|b)\.(c|d)", "target_modules")
+
+
+def test_patterns_that_match_no_module_are_told():
+    found = settings(rank_pattern={"q_proj": 8}, alpha_pattern={"up_prj": 64})
+    (sentence,) = found.unused(["layers.0.q_proj", "layers.0.up_proj"])
+    assert (
+        sentence == "alpha_pattern has 'up_prj', which matches no adapted module and does nothing"
+    )
+
+
+def test_an_alpha_of_null_is_refused():
+    with pytest.raises(rl.AdapterError, match="lora_alpha is null"):
+        settings(lora_alpha=None)

@@ -134,7 +134,8 @@ def restore(
       base: the `fingerprint` of the caller's base, where it is known already, or a base tree
         to take it of.
       strict: False loads what fits, and names the rest in `Restored.left_out`: factors that
-        the checkpoint lacks keep the value of `like`. Another base is then no error.
+        the checkpoint lacks keep the value of `like`, so that the caller's own `apply` serves
+        the result; pass its `sites` to get them back. Another base is then no error.
 
     Returns:
       `Restored(params, sites, config, step, extra, left_out)`.
@@ -169,7 +170,7 @@ def restore(
             f"Nothing of {path} fits: {listed([misfit.text for misfit in misfits])}."
         )
     loaded = _load(Path(os.path.abspath(path)), record, kept, given or {})
-    described = kept if sites is None else sites
+    described = kept if sites is None or like is None else sites
     total = _total(record.sites if sites is None else sites)
     return Restored(
         _fill(like, loaded),

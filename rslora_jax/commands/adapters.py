@@ -1,8 +1,11 @@
 """Adapters: the commands that look at adapters and take them from tool to tool."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax import algebra, peft
@@ -15,8 +18,10 @@ from rslora_jax.commands.sources import (
     write_source,
 )
 from rslora_jax.factors import factors_of
+from rslora_jax.folders import INDEX, SINGLE
 from rslora_jax.norms import factor_norm, factored_svd
 from rslora_jax.paths import AdapterError
+from rslora_jax.peft.rules import find
 from rslora_jax.peft.travel import to_adapter
 from rslora_jax.tables import Table
 from rslora_jax.terminal import progress, show
@@ -40,6 +45,8 @@ def inspect(folder: Path, /, names: str = "", csv: Path | None = None) -> None:
         file. Without it each module is a line.
       csv: Write the table here, with all digits.
     """
+    if csv is not None and csv.is_dir():
+        raise AdapterError(f"--csv is the file to write, found the folder {csv}.")
     with progress("inspect") as report:
         source = open_source(folder, names_of(names) if names else None)
         factors = factors_of(source.lora, source.sites)
@@ -54,6 +61,10 @@ def inspect(folder: Path, /, names: str = "", csv: Path | None = None) -> None:
     )
     note += f", step {source.step}" if source.kind == "orbax" else ""
     note += f", base {known[:16]}" if known else ""
+    if source.held:
+        note += (
+            f"; beside them {len(source.held)} tensors of the base: {', '.join(source.held[:4])}"
+        )
     show(Table.of(rows), str(folder), note)
     if csv is not None:
         csv.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +95,7 @@ def convert(
       overwrite: Replace the output if it is there.
     """
     rules = names_of(names)
-    _refuse_existing(output, overwrite)
+    _refuse_existing(output, overwrite, source)
     with progress("convert") as report:
         report(0, 2, f"reading {source}")
         found = open_source(source, rules)
@@ -120,7 +131,7 @@ def merge(
       any_base: Do not compare the base with the one that the adapter was trained on.
       overwrite: Replace the output if it is there.
     """
-    _refuse_existing(output, overwrite)
+    _refuse_existing(output, overwrite, base, adapter)
     if not max_shard_gb > 0:
         raise AdapterError(f"--max-shard-gb must be above 0, found {max_shard_gb}.")
     with progress("merge") as report:
@@ -168,7 +179,7 @@ def combine(
             f"combine needs adapters and one weight for each, found {len(adapters)} adapters and "
             f"{len(weights)} weights."
         )
-    _refuse_existing(output, overwrite)
+    _refuse_existing(output, overwrite, *adapters)
     rules = names_of(names)
     with progress("combine") as report:
         sources = []
@@ -176,10 +187,12 @@ def combine(
             report(done, len(adapters) + 1, f"reading {folder}")
             sources.append(open_source(folder, rules))
         report(len(adapters), len(adapters) + 1, "adding")
+        _check_one_tree(adapters, sources, rules)
         parts = [(s.lora, s.sites, w) for s, w in zip(sources, weights, strict=True)]
         found = algebra.combine(parts, rank=rank)
         base = _common_base(adapters, sources)
-        made = Source("orbax", found.lora, found.sites, found.config, base=base)
+        told = sources[0].told
+        made = Source(sources[0].kind, found.lora, found.sites, found.config, base=base, told=told)
         write_source(output, made, to, rules, overwrite=overwrite)
     if found.errors.rows:
         show(found.errors, "What the rank cuts off")
@@ -210,9 +223,13 @@ def _for_merging(base: Path, folder: Path, names: str, any_base: bool) -> peft.P
         return peft.read(folder)
     rules = names_of(names)
     source = open_source(folder, rules)
-    if not any_base:
+    if source.base is None:
+        print(f"{folder} does not know its base: only names and shapes were compared.")
+    elif not any_base:
         check_base(base, source, rules)
-    return to_adapter(source.lora, source.sites, rules, "portable")
+    # Wide factors: scale * b is then not rounded before it is summed.
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(source.lora)))
+    return to_adapter(source.lora, source.sites, rules, "portable", dtype=dtype)
 
 
 def _common_base(folders: tuple[Path, ...], sources: list[Source]) -> Any:
@@ -225,9 +242,41 @@ def _common_base(folders: tuple[Path, ...], sources: list[Source]) -> Any:
     return known[0][1] if known else None
 
 
-def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
+def _check_one_tree(
+    folders: tuple[Path, ...], sources: list[Source], rules: Sequence[peft.Name]
+) -> None:
+    """One weight must have one path in all adapters."""
+    paths: dict[str, tuple[str, Path]] = {}
+    for folder, source in zip(folders, sources, strict=True):
+        for site in source.sites:
+            found = find(rules, site.path)
+            tensor = found.tensor if found else site.path
+            path, first = paths.setdefault(tensor, (site.path, folder))
+            if path != site.path:
+                raise AdapterError(
+                    f"{tensor!r} is {path!r} in {first} and {site.path!r} in {folder}: they are of "
+                    "differently named trees. Give --names a JSON file whose paths are those of "
+                    "the Orbax folder."
+                )
+
+
+def _refuse_existing(output: Path, overwrite: bool, *sources: Path) -> None:
+    if not output.exists():
+        return
+    if not overwrite:
         raise AdapterError(
             f"{output} exists already and is left as it is. Pass --overwrite to replace it, or "
             "choose another folder."
+        )
+    for source in sources:
+        if source.resolve().is_relative_to(output.resolve()):
+            raise AdapterError(
+                f"{output} is, or holds, {source}, which is read and would be replaced. Write to "
+                "another folder."
+            )
+    here = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if here and not here & {"adapter_config.json", "record", SINGLE, INDEX}:
+        raise AdapterError(
+            f"{output} is no adapter and no model, but holds {sorted(here)[:4]}, which --overwrite "
+            "would delete. Choose another folder, or remove it yourself."
         )

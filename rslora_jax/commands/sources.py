@@ -18,13 +18,14 @@ from rslora_jax.peft.adapter import Module, PeftAdapter
 from rslora_jax.peft.arrange import part, weight_in
 from rslora_jax.peft.names import from_list
 from rslora_jax.peft.placing import Placed, place
+from rslora_jax.peft.rules import find
 from rslora_jax.sites import Site, Sites
 from rslora_jax.targets import config_of
 
 __all__ = ["Source", "check_base", "names_of", "open_source", "write_source"]
 
 SETTINGS = "adapter_config.json"
-SEPARATOR = "/"
+TOLD = "peft"  # where an Orbax folder keeps what a PEFT folder says beside
 
 
 class Source(NamedTuple):
@@ -38,6 +39,8 @@ class Source(NamedTuple):
       step: the training step, 0 where it is not known.
       base: the fingerprint of the base, where it is known.
       extra: the user's JSON values.
+      told: what a PEFT folder says beside: ``base_model`` and ``task_type``.
+      held: names of what it holds beside factors, which only a model can take.
     """
 
     kind: str
@@ -47,6 +50,8 @@ class Source(NamedTuple):
     step: int = 0
     base: Fingerprint | None = None
     extra: Mapping[str, Any] = {}
+    told: Mapping[str, Any] = {}
+    held: tuple[str, ...] = ()
 
 
 def open_source(folder: Path, names: Sequence[peft.Name] | None) -> Source:
@@ -66,8 +71,17 @@ def open_source(folder: Path, names: Sequence[peft.Name] | None) -> Source:
         return _from_peft(folder, names)
     newest = _newest(folder)
     record, restored = checkpoint.read_record(newest), checkpoint.restore(newest)
-    config, step, extra = restored.config, restored.step, restored.extra
-    return Source("orbax", restored.lora, restored.sites, config, step, record.base, extra)
+    told = restored.extra.get(TOLD)
+    return Source(
+        "orbax",
+        restored.lora,
+        restored.sites,
+        restored.config,
+        restored.step,
+        record.base,
+        restored.extra,
+        told if isinstance(told, Mapping) else {},
+    )
 
 
 def write_source(
@@ -87,13 +101,14 @@ def write_source(
             source.sites,
             source.config,
             step=source.step,
-            extra=source.extra,
+            extra={**source.extra, TOLD: dict(source.told)} if source.told else source.extra,
             base=source.base,
             overwrite=overwrite,
         )
         return
     form = "portable" if to == "peft-portable" else "native"
-    peft.save(folder, source.lora, source.sites, names, form, overwrite=overwrite)
+    told = {name: source.told[name] for name in ("base_model", "task_type") if name in source.told}
+    peft.save(folder, source.lora, source.sites, names, form, overwrite=overwrite, **told)
 
 
 def names_of(text: str) -> Sequence[peft.Name]:
@@ -113,23 +128,23 @@ def names_of(text: str) -> Sequence[peft.Name]:
 
 
 def check_base(folder: Path, source: Source, names: Sequence[peft.Name]) -> None:
-    """Compares the adapted weights of a model folder with those that the adapter was trained on.
+    """Compares the weights of a model folder with those that the adapter was trained on.
+
+    All that have a name are compared, those of an adapter that does not know its base excepted.
 
     Raises:
       AdapterError: if one is another weight, with its path and both hashes.
     """
-    known = {leaf.path: leaf for leaf in source.base.leaves} if source.base else {}
-    model = open_folder(folder)
-    for site in source.sites:
-        leaf = known.get(site.path)
-        if leaf is None or leaf.content is None:
+    model, known = open_folder(folder), {site.path: site for site in source.sites}
+    for leaf in source.base.leaves if source.base else ():
+        if leaf.content is None or (find(names, leaf.path) is None and leaf.path not in known):
             continue
-        like = jax.ShapeDtypeStruct(site.shape, np.dtype(site.dtype))
-        placed = place(tuple(names), site.path, like, site)
-        found = fingerprint({site.path: _weight(placed, model)}).leaves[0]
+        like = jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype))
+        placed = place(tuple(names), leaf.path, like, known.get(leaf.path))
+        found = fingerprint({leaf.path: _weight(placed, model)}).leaves[0]
         if found.content != leaf.content:
             raise AdapterError(
-                f"The adapter was trained on another base: the weight at {site.path!r} "
+                f"The adapter was trained on another base: the weight at {leaf.path!r} "
                 f"({placed.tensor}) has the content hash {found.content} in {folder}, and had "
                 f"{leaf.content}. Merge it into the model that it was trained on, or, if the "
                 "weights were rounded on purpose, pass --any-base."
@@ -142,10 +157,10 @@ def _weight(placed: Placed, model: Any) -> np.ndarray:
         if name not in model.tensors:
             raise AdapterError(f"{model.path} has no tensor {name!r} for {placed.path!r}.")
         tensor = model.read(name).astype(whole.dtype)
-        if placed.layout.kind != "plain" and tensor.size != whole[part(placed.layout, at)].size:
+        if tensor.size != whole[part(placed.layout, at)].size:
             raise AdapterError(
-                f"{name!r} of {model.path} has shape {tensor.shape}, and {placed.path!r} was "
-                f"adapted at shape {placed.layout.shape}. Use the model that was adapted."
+                f"{name!r} of {model.path} has shape {tensor.shape}, and {placed.path!r} "
+                f"was trained at shape {placed.layout.shape}. Use the model that was adapted."
             )
         whole[part(placed.layout, at)] = weight_in(placed.layout, tensor)
     return whole
@@ -163,16 +178,15 @@ def _newest(folder: Path) -> Path:
 
 def _from_peft(folder: Path, names: Sequence[peft.Name] | None) -> Source:
     adapter = peft.read(os.fspath(folder))
+    settings = adapter.settings
+    told = {"base_model": settings.base_model_name_or_path, "task_type": settings.task_type}
     if names is None:
-        return _plain(folder, adapter)
-    if adapter.saved or adapter.tokens:
-        held = [*adapter.saved, *adapter.tokens]
-        raise AdapterError(
-            f"{folder} also holds weights of the base, such as {held[0]!r}, which only a model can "
-            "take: use `rslora merge`, or peft.load in Python."
-        )
-    loaded = peft.load(folder, None, names)
-    return Source("peft", loaded.params.lora, loaded.sites, loaded.config)
+        return _plain(folder, adapter)._replace(told=told)
+    try:
+        loaded = peft.load(folder, None, names)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from error
+    return Source("peft", loaded.params.lora, loaded.sites, loaded.config, told=told)
 
 
 def _plain(folder: Path, adapter: PeftAdapter) -> Source:
@@ -189,7 +203,9 @@ def _plain(folder: Path, adapter: PeftAdapter) -> Source:
         sites.append(_site(path, module))
         insert(lora, path, _factors(module))
     made = Sites(sites)
-    return Source("peft", lora, made, config_of(made))
+    biases = [f"{m.name}.lora_B.bias" for m in adapter.modules if m.bias is not None]
+    held = (*adapter.saved, *adapter.tokens, *biases)
+    return Source("peft", lora, made, config_of(made), held=held)
 
 
 def _site(path: str, module: Module) -> Site:

@@ -85,9 +85,22 @@ def from_adapter(
         made.append(_agreed(site, sites))
         insert(lora, path, factors)
     _check_served(sites, parts)
+    if params is None:
+        _refuse_held(adapter)
     base, replaced, tokens = replaced_base(base_of(params), adapter, tensors)
     found = _sites(made, params, sites)
     return Loaded(LoraParams(base, lora), found, config_of(found), replaced, tokens, adapter)
+
+
+def _refuse_held(adapter: PeftAdapter) -> None:
+    biases = [f"{module.name}.lora_B.bias" for module in adapter.modules if module.bias is not None]
+    held = [*adapter.saved, *adapter.tokens, *biases]
+    if held:
+        raise AdapterError(
+            f"The adapter also holds {held[0]!r} and {len(held) - 1} more tensors that change the "
+            "base itself, and no base was given to take them. Pass the base tree, or merge the "
+            "folder: peft.merge_folders, `rslora merge`."
+        )
 
 
 def _refuse_dora(modules: Sequence[Module]) -> None:
@@ -189,7 +202,7 @@ def _check_shapes(placed: Placed, module: Module) -> None:
             f"{module.weight!r} is {module.kind} with factors of shapes {found[0]} and {found[1]}; "
             f"{placed.path!r} of shape {layout.shape} and axes {layout.axes!r} is {layout.kind}, "
             f"and takes {wanted[0]} and {wanted[1]}. Pass the base that was adapted, or correct "
-            "the name's axes; a grouped convolution can be neither held nor merged: serve it in PEFT."
+            "the name's axes. A grouped convolution can be neither held nor merged: use PEFT."
         )
 
 

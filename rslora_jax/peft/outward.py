@@ -145,20 +145,20 @@ def _folded(module: Module, rank: int, dtype: Any) -> Module:
     a, b = module.a, module.b
     wide = np.float64 if b.dtype == np.float64 else np.float32
     if module.scale != 1:
-        b = (b.astype(wide) * wide(module.scale)).astype(dtype or b.dtype)
+        with np.errstate(over="ignore"):  # `_cast` finds it
+            b = (b.astype(wide) * wide(module.scale)).astype(dtype or b.dtype)
     a = np.pad(a, [(0, pad if k == stacked else 0) for k in range(a.ndim)])
     b = np.pad(b, [(0, pad if k == 1 + stacked else 0) for k in range(b.ndim)])
     return module._replace(a=a, b=b, rank=rank, alpha=rank, scale=1.0)
 
 
 def _cast(module: Module, dtype: Any) -> Module:
-    if dtype is None:
-        return module
     with np.errstate(over="ignore"):  # it is an error below
-        a, b = (array.astype(dtype) for array in (module.a, module.b))
+        a, b = (array.astype(dtype or array.dtype) for array in (module.a, module.b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise AdapterError(
-            f"{module.name!r} overflows in {np.dtype(dtype).name}. Write it in float32 or bfloat16."
+            f"{module.name!r} overflows in {b.dtype.name}. Write it with dtype='float32' or "
+            "'bfloat16'."
         )
     return module._replace(a=a, b=b)
 

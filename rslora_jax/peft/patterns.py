@@ -14,7 +14,9 @@ from rslora_jax.paths import AdapterError
 __all__ = ["check_pattern", "covers", "ends_with", "is_saved", "matches"]
 
 LONGEST = 2_000
-WILD, CHOICES = 4, 16  # unbounded repeats in sequence; optional parts and groups of alternatives
+# Unbounded repeats in sequence; choices (optional parts, groups of alternatives) beside 0, 1, ...
+# of them: n repeats share 160 characters in (160 over n) ways, a choice doubles them, to 2^25.
+WILD, CHOICES = 4, (16, 16, 11, 5, 1)
 REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 
@@ -66,7 +68,8 @@ def check_pattern(pattern: str, where: str, around: int = 0) -> None:
 
     Raises:
       AdapterError: if it does not compile, or repeats what can itself repeat, such as
-        ``(a+)+``, or has more than 4 unbounded repeats in a row or 16 choices.
+        ``(a+)+``, or has more than 4 unbounded repeats in a row, or 16 choices (fewer beside
+        repeats).
 
     Example:
       >>> check_pattern("(a+)+b", "target_modules")
@@ -81,11 +84,12 @@ def check_pattern(pattern: str, where: str, around: int = 0) -> None:
             f"{where} must be a regular expression, found {pattern[:200]!r}: {error}. Correct it."
         ) from error
     wild, choices = _cost(pattern) if len(pattern) <= LONGEST else (math.inf, 0)
-    if wild + around > WILD or choices > CHOICES:
+    if wild + around > WILD or choices > CHOICES[int(wild + around)]:
         raise AdapterError(
             f"{where} is the regular expression {pattern[:200]!r}, which could take for ever to "
-            f"match: at most {WILD - around} unbounded repeats, {CHOICES} choices, {LONGEST:,} "
-            "characters, and no repeat of a repeat or of alternatives. Write module names instead."
+            f"match: at most {WILD - around} unbounded repeats, {CHOICES[0]} choices (fewer beside "
+            f"repeats), {LONGEST:,} characters, and no repeat of a repeat or of alternatives. "
+            "Write module names instead."
         )
 
 
@@ -96,7 +100,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _cost(pattern: str) -> tuple[float, float]:
     """(unbounded repeats in sequence, choices), an upper bound read off the characters."""
-    stack: list[list[float]] = [[0, 0, 0]]  # wild so far, wild of the best branch, choices
+    # Wild so far, wild of the best branch, choices; and where the group begins.
+    stack: list[list[float]] = [[0, 0, 0]]
+    starts: list[int] = []
     last, place = (0.0, 0.0), 0
     while place < len(pattern):
         char = pattern[place]
@@ -108,10 +114,13 @@ def _cost(pattern: str) -> tuple[float, float]:
         elif char == "(":
             stack.append([0, 0, 0])
             length = _opening_length(pattern, place)
+            starts.append(place + length)
         elif char == "|":
             stack[-1] = [0, max(stack[-1][:2]), stack[-1][2] + 1]
         elif char == ")" and len(stack) > 1:
             wild, best, choices = stack.pop()
+            if _is_told_apart(pattern[starts.pop() : place]):
+                choices = 0
             last = (max(wild, best), min(choices, 1) if not max(wild, best) else choices)
             _add(stack[-1], last)
         elif char in "*+?{":
@@ -123,6 +132,12 @@ def _cost(pattern: str) -> tuple[float, float]:
         place += length
     wild, best, choices = stack[0]
     return max(wild, best), choices
+
+
+def _is_told_apart(group: str) -> bool:
+    """Whether a group is plain words whose first letters differ: at most one can match."""
+    firsts = [word[:1] for word in group.split("|")]
+    return re.fullmatch(r"[\w|-]*", group) is not None and len(set(firsts)) == len(firsts)
 
 
 def _add(level: list[float], cost: tuple[float, float]) -> None:

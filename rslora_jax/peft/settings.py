@@ -189,6 +189,16 @@ class Settings:
         except AdapterError as error:
             raise AdapterError(f"The scale of {name!r} cannot be computed: {error}") from error
 
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """Says which patterns match no module: a slip of spelling leaves the default scale."""
+        known = list(names)
+        return [
+            f"{kind} has {key!r}, which matches no adapted module and does nothing"
+            for kind in ("rank_pattern", "alpha_pattern")
+            for key in getattr(self, kind)
+            if not any(patterns.matches(key, name) for name in known)
+        ]
+
     def overlaps(self, names: Iterable[str]) -> list[str]:
         """Says where two patterns give one module two values, so that their order matters."""
         found = []
@@ -215,6 +225,8 @@ def _refuse(data: Mapping[str, Any]) -> None:
             "r is missing. PEFT would take its default of 8 whatever the tensors hold, and so a "
             "wrong scale. Write the rank of the lora_A tensors as 'r'."
         )
+    if data.get("lora_alpha", 8) is None:
+        raise AdapterError("lora_alpha is null, so there is no scale. Write its number.")
 
 
 def _check_residual(init: Any) -> None:

@@ -59,7 +59,10 @@ def assemble(
         if strict:
             raise AdapterError(warning)
         warnings.warn(warning, stacklevel=3)
-    for overlap in settings.overlaps([_pattern_name(m.name, m.parameter) for m in modules])[:1]:
+    names = [_pattern_name(m.name, m.parameter) for m in modules]
+    if unused := settings.unused(names):
+        warnings.warn(f"{'; '.join(unused[:4])}. Correct or remove it.", stacklevel=3)
+    for overlap in settings.overlaps(names)[:1]:
         warnings.warn(
             f"{overlap}. PEFT sorts the patterns when it saves, so the meaning can have changed. "
             "Make the patterns exclusive.",

@@ -26,13 +26,14 @@ def load(
 
     Strict: every tensor of the file is used once, every module that its settings name is there,
     and every name is in the base. Layers of a stacked weight share one rank and scale here: those
-    of other ranks are padded with zeros, and a scale that differs is folded into `b`, which keeps
-    the function to rounding. Layers that the settings leave out get factors of zero.
+    of other ranks are padded with zeros (which stay zero in training), and a scale that differs is
+    folded into `b`, which keeps the function to rounding. Layers that the settings leave out get
+    factors of zero.
 
     Args:
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
       params: the base, arrays or `jax.ShapeDtypeStruct`s; None for tools that have none: the
-        tree is then read off the names, and every layer must be in the file.
+        tree is then read off the names, every layer must be in the file, and nothing else.
       names: the mapping between paths and names; `LLAMA`, or `names([...])`.
       sites: from `find_sites` or `adapt`: their axes count, and how weights are used is known.
         Without them axes are those of `names`. Sites with ranks must agree with the file.
