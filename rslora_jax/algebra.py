@@ -82,8 +82,8 @@ def combine(adapters: Sequence[Weighted], *, rank: int | None = None) -> Combine
     """
     if not adapters:
         raise AdapterError("combine needs adapters, found none: pass [(lora, sites, weight), ...].")
-    scaling = scaling_of(adapters[0][1])
     parts = _parts(adapters)
+    scaling = scaling_of(adapters[0][1])
     made = {path: _concatenate(found, scaling) for path, found in parts.items()}
     summed = _assemble(made, [sites for _, sites, _ in adapters])
     return summed if rank is None else resize(summed.lora, summed.sites, rank)
@@ -222,7 +222,13 @@ def resize(
 
 def _parts(adapters: Sequence[Weighted]) -> dict[str, list[tuple[Site, Factors, float]]]:
     parts: dict[str, list[tuple[Site, Factors, float]]] = {}
-    for lora, sites, weight in adapters:
+    for entry in adapters:
+        if not isinstance(entry, tuple | list) or len(entry) != 3:
+            raise AdapterError(
+                "combine takes (lora, sites, weight) of each adapter, found a "
+                f"{type(entry).__name__} of another length."
+            )
+        lora, sites, weight = entry
         if not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
             raise AdapterError(f"A weight of an adapter must be a finite number, found {weight!r}.")
         for site, factors in _pairs(lora, sites):

@@ -50,7 +50,7 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     """Yields a temporary folder beside `path` that becomes `path` only if the block succeeds.
 
     Args:
-      path: the folder to write; the folder around it must exist. A symbolic link is followed.
+      path: the folder to write, and what is missing around it. A symbolic link is followed.
       overwrite: True replaces a folder that is there: the old one stays until the new one is
         whole and on the disk, and comes back if the last rename fails.
 
@@ -58,8 +58,8 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
       The temporary folder, empty.
 
     Raises:
-      AdapterError: if `path` exists and `overwrite` is False, if it is a file, or if there is
-        no folder around it. Nothing is written then.
+      AdapterError: if `path` exists and `overwrite` is False, or if it is a file. Nothing is
+        written then.
       OSError: if something cannot be written; `path` is then as it was before.
 
     Example:
@@ -130,8 +130,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise AdapterError(f"{target} cannot be written: there is no folder {target.parent}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         return
     if not target.is_dir():

@@ -265,11 +265,11 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
     assert contents(tmp_path) == {"out/theirs.txt": b"theirs"}
 
 
-def test_a_file_or_a_missing_parent_is_named(tmp_path):
+def test_a_file_is_named_and_missing_parents_are_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(rl.AdapterError, match="file is a file, where a folder is to be written"):
         with whole_folder(tmp_path / "file", overwrite=True):
             pytest.fail("the block must not run")
-    with pytest.raises(rl.AdapterError, match=r"there is no folder .*nowhere"):
-        with whole_folder(tmp_path / "nowhere" / "out"):
-            pytest.fail("the block must not run")
+    with whole_folder(tmp_path / "new" / "out") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "new" / "out" / "x").read_text() == "x"

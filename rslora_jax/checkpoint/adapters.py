@@ -75,7 +75,7 @@ def save(  # noqa: PLR0913
     the base, and the library's version. The base itself is not saved.
 
     Args:
-      path: the folder to make; the folder around it must exist.
+      path: the folder to make, and what is missing around it.
       params_or_lora: a `LoraParams`, whose base is fingerprinted, or the lora tree alone.
       sites: the sites of the factors.
       config: what `adapt` was given.
@@ -133,9 +133,9 @@ def restore(
         scales of those saved.
       base: the `fingerprint` of the caller's base, where it is known already, or a base tree
         to take it of.
-      strict: False loads what fits, and names the rest in `Restored.left_out`: factors that
-        the checkpoint lacks keep the value of `like`, so that the caller's own `apply` serves
-        the result; pass its `sites` to get them back. Another base is then no error.
+      strict: False loads what fits, and names the rest in `Restored.left_out`. Without `sites`
+        the result holds what was loaded and nothing else; with them, factors that the
+        checkpoint lacks keep the value of `like`. Another base is then no error.
 
     Returns:
       `Restored(params, sites, config, step, extra, left_out)`.
@@ -173,7 +173,7 @@ def restore(
     described = kept if sites is None or like is None else sites
     total = _total(record.sites if sites is None else sites)
     return Restored(
-        _fill(like, loaded),
+        _fill(like, loaded, {site.path for site in kept} if misfits and sites is None else None),
         Sites(tuple(described), getattr(sites, "left", ()), total),
         record.config,
         record.step,
@@ -237,13 +237,19 @@ def _load(
     return arrays
 
 
-def _fill(like: Any, loaded: Mapping[str, jax.Array]) -> Any:
+def _fill(like: Any, loaded: Mapping[str, jax.Array], only: set[str] | None) -> Any:
+    """The tree of `like` with what was loaded; with `only`, nothing of other sites."""
     if like is None:
         tree: dict[str, Any] = {}
         for path, array in loaded.items():
             insert(tree, path, array)
         return tree
     flat = flatten(_lora_of(like))
-    pairs = zip(flat.paths, flat.leaves, strict=True)
-    lora = unflatten(flat, [loaded.get(path, leaf) for path, leaf in pairs])
+    filled = {path: loaded.get(path, leaf) for path, leaf in zip(*flat[:2], strict=True)}
+    lora = unflatten(flat, filled.values())
+    if only is not None:
+        lora = {}
+        for path, array in filled.items():
+            if path.rpartition("/")[0] in only:
+                insert(lora, path, array)
     return like._replace(lora=lora) if isinstance(like, LoraParams) else lora

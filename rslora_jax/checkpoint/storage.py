@@ -43,8 +43,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 def check_target(path: Path, overwrite: bool) -> None:
     """Refuses a target that is there already, before any work is done."""
     asked = f"Adapters were to be saved to {path}"
-    if not path.absolute().parent.is_dir():
-        raise AdapterError(f"{asked}, but there is no folder {path.parent}. Make it first.")
+    # A missing folder is no reason to lose what was trained.
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{asked}, which is a file. Choose another path.")
     if os.path.lexists(path) and not overwrite:

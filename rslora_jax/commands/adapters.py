@@ -145,6 +145,8 @@ def merge(
             max_shard_bytes=int(max_shard_gb * 1e9),
             progress=report,
         )
+    if not (output / "config.json").exists():
+        print(f"{base} has no config.json, so {output} has none: transformers needs one beside it.")
     print(f"written: {output}")
 
 

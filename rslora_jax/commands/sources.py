@@ -12,7 +12,7 @@ from rslora_jax import checkpoint, peft
 from rslora_jax.checkpoint import Fingerprint, fingerprint
 from rslora_jax.config import LoraConfig
 from rslora_jax.files import read_json
-from rslora_jax.folders import open_folder
+from rslora_jax.folders import INDEX, SINGLE, open_folder
 from rslora_jax.paths import AdapterError, insert
 from rslora_jax.peft.adapter import Module, PeftAdapter
 from rslora_jax.peft.arrange import part, weight_in
@@ -66,7 +66,10 @@ def open_source(folder: Path, names: Sequence[peft.Name] | None) -> Source:
       AdapterError: if it is neither, or cannot be read.
     """
     if not folder.is_dir():
-        raise AdapterError(f"A folder with an adapter was asked for, found no folder {folder}.")
+        found = "a file" if folder.exists() else "no folder"
+        raise AdapterError(f"A folder with an adapter was asked for, found {found} {folder}.")
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        raise AdapterError(f"{folder} is the folder of a model, where an adapter was asked for.")
     if (folder / SETTINGS).exists() or _is_peft(folder):
         return _from_peft(folder, names)
     newest = _newest(folder)
@@ -122,7 +125,7 @@ def names_of(text: str) -> Sequence[peft.Name]:
     if not Path(text).is_file():
         raise AdapterError(
             f"--names is llama or a JSON file with a list of "
-            f'{{"path": REGEX, "tensor": NAME, "axes": ROLES}}, found {text!r}.'
+            f'{{"path": REGEX, "tensor": NAME, "axes": ROLES}}, found {text!r}, which is no file.'
         )
     return from_list(read_json(text))
 

@@ -64,7 +64,7 @@ def tree_of(modules: Sequence[Module], rules: Sequence[Name]) -> dict[str, Place
         if place is None:
             raise AdapterError(
                 f"No rule can be read backwards from {module.weight!r} to a path. Pass the base "
-                "tree, or a rule of plain text and groups."
+                "tree, or names (--names FILE.json of a command) of plain text and groups."
             )
         seen.setdefault(place.path, {})[place.at] = module
     ordered = sorted(seen, key=lambda path: path.split("/"))

@@ -71,7 +71,7 @@ def place(rules: Sequence[Name], path: str, leaf: Any, site: Site | None = None)
         raise AdapterError(
             f"No name matches the path {path!r}. The nearest of the {len(rules)} rules are "
             f"{nearest(path, [rule.path for rule in rules])}. Add one: "
-            "names=peft.names([(regex, tensor), *LLAMA])."
+            "names=peft.names([(regex, tensor), *LLAMA]), or --names FILE.json of a command."
         )
     layout = layout_of(path, found, tuple(leaf.shape), site)
     return Placed(path, np.dtype(leaf.dtype).name, layout, found.tensor, site)
