@@ -1,4 +1,4 @@
-"""Four CPU devices, so that sharded programs are sharded in the tests too; XLA compiles fast.
+"""Eight CPU devices, so that sharded programs are sharded in the tests too; XLA compiles fast.
 
 Most of the tests' time is spent compiling tiny programs, also those of single operations.
 """
@@ -16,5 +16,5 @@ XLA_FLAGS = {
 FLAGS = XLA_FLAGS.get(".".join(version("jaxlib").split(".")[:2]), "")
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"  # the caller's win
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
