@@ -2,3 +2,19 @@
 
 The real TPU compiler answers, without a TPU: `plan` compiles any step for any topology.
 """
+
+from rslora_jax.plan.chips import CHIPS, Chip
+from rslora_jax.plan.plan import Plan, Traffic, plan
+from rslora_jax.plan.topologies import KNOWN, Topology, abstract_mesh, topology
+
+__all__ = [
+    "CHIPS",
+    "KNOWN",
+    "Chip",
+    "Plan",
+    "Topology",
+    "Traffic",
+    "abstract_mesh",
+    "plan",
+    "topology",
+]

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rslora_jax.paths import AdapterError, nearest
 from rslora_jax.plan.chips import CHIPS, Chip, chip
 
-__all__ = ["KNOWN", "Topology", "abstract_mesh", "topology"]
+__all__ = ["KNOWN", "Topology", "abstract_mesh", "check_mesh", "near", "topology"]
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
@@ -147,11 +147,12 @@ def _unknown(name: str, why: str) -> AdapterError:
     lines = (f"{known.name}:{' '.join(_SHAPES[known.name])}" for known in CHIPS)
     return AdapterError(
         f"The topology {name!r} was asked for, but {why}. The nearest known ones are "
-        f"{_nearest(name.lower())}. All known ones: {', '.join(lines)}."
+        f"{near(name.lower())}. All known ones: {', '.join(lines)}."
     )
 
 
-def _nearest(name: str) -> str:
+def near(name: str) -> str:
+    """The known topologies that are most like a name, of its generation if that is known."""
     generation = name.partition(":")[0]
     same = [known for known in KNOWN if known.startswith(f"{generation}:")]
     return nearest(name, same or KNOWN)
