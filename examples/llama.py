@@ -8,16 +8,30 @@ The parameter tree holds every layer's weights stacked on axis 0:
     layers/{input,post_attention}_layernorm, norm
     lm_head                             kernel [d, vocab], only where the head is not tied
 
-Nothing in this file knows about adapters.
+The same model runs on one device and on meshes of Auto or Explicit axes; `SPECS` says how its
+parameters lie on a mesh with axes `fsdp` and `tensor`. Nothing in this file knows about adapters.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
+
+SPECS = (
+    (r".*/(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
+    (r".*/(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
+    (r".*/(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
+    (r"(.*/)?embed_tokens/embedding", P("tensor", None)),
+    (r"(.*/)?lm_head/kernel", P(None, "tensor")),
+    (r".*", P()),
+)
+"""How parameters lie on a mesh: (regex of the whole path, spec), the first that matches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +119,32 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return turned.astype(x.dtype)
 
 
+def look_up(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding, which lie on the mesh as the tokens do: [B, T] -> [B, T, d]."""
+    return embedding.at[tokens].get(mode="fill", out_sharding=_as_tokens(tokens))
+
+
+def row_parallel(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """A `dot_general` summed over a sharded axis: its result lies as the rest of `x` does.
+
+    Explicit axes ask where such a sum goes: [B, T, in] and [in, out] -> [B, T, out].
+    """
+    return jax.lax.dot_general(x, kernel, *args, **options, out_sharding=_as_tokens(x))
+
+
+def place(x: jax.Array, spec: P | None) -> jax.Array:
+    """`x` where `spec` says on the current mesh, or wherever XLA likes."""
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def _as_tokens(x: jax.Array) -> NamedSharding | None:
+    """Where [B, T, d] lies beside `x` of [B, T] or [B, T, ..], if the mesh has Explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return NamedSharding(sharding.mesh, P(*sharding.spec[:2], None))
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention: [B, T, d] -> [B, T, d]."""
 
@@ -124,7 +164,10 @@ class Attention(nn.Module):
         v = project("v_proj", c.kv_heads)
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         mixed = mixed.reshape(*x.shape[:-1], c.heads * c.head_dim)
-        return nn.Dense(c.d_model, c.attention_bias, self.dtype, name="o_proj")(mixed)
+        dense = nn.Dense(
+            c.d_model, c.attention_bias, self.dtype, dot_general=row_parallel, name="o_proj"
+        )
+        return dense(mixed)
 
 
 class Mlp(nn.Module):
@@ -138,7 +181,10 @@ class Mlp(nn.Module):
         c = self.config
         gate = nn.Dense(c.d_ff, c.mlp_bias, self.dtype, name="gate_proj")(x)
         up = nn.Dense(c.d_ff, c.mlp_bias, self.dtype, name="up_proj")(x)
-        return nn.Dense(c.d_model, c.mlp_bias, self.dtype, name="down_proj")(nn.silu(gate) * up)
+        down = nn.Dense(
+            c.d_model, c.mlp_bias, self.dtype, dot_general=row_parallel, name="down_proj"
+        )
+        return down(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -146,6 +192,7 @@ class Layer(nn.Module):
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
+    activations: P | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, None]:
@@ -153,7 +200,7 @@ class Layer(nn.Module):
         seen = nn.RMSNorm(c.norm_eps, dtype, name="input_layernorm")(x)
         x = x + Attention(c, dtype, name="self_attn")(seen, angles)
         seen = nn.RMSNorm(c.norm_eps, dtype, name="post_attention_layernorm")(x)
-        return x + Mlp(c, dtype, name="mlp")(seen), None
+        return place(x + Mlp(c, dtype, name="mlp")(seen), self.activations), None
 
 
 class Llama(nn.Module):
@@ -163,11 +210,14 @@ class Llama(nn.Module):
       config: sizes of the checkpoint.
       dtype: dtype of the activations; parameters keep theirs.
       remat: whether to recompute each layer in the backward pass instead of storing it.
+      activations: how [B, T, d] lies between layers, for the mesh of `jax.set_mesh`. Explicit
+        axes need no such word: there the tokens say it.
     """
 
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    activations: P | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, positions: ArrayLike | None = None) -> jax.Array:
@@ -186,7 +236,8 @@ class Llama(nn.Module):
         c = self.config
         embed = nn.Embed(c.vocab_size, c.d_model, dtype=self.dtype, name="embed_tokens")
         angles = jnp.outer(jnp.arange(tokens.shape[1]), rope_frequencies(c))
-        x, _ = self._stack()(embed(tokens), angles)
+        x = place(look_up(embed.embedding.astype(self.dtype), tokens), self.activations)
+        x, _ = self._stack()(x, angles)
         if positions is not None:
             x = jnp.take_along_axis(x, jnp.asarray(positions)[..., None], axis=1)
         x = nn.RMSNorm(c.norm_eps, self.dtype, name="norm")(x)
@@ -203,4 +254,4 @@ class Llama(nn.Module):
             in_axes=nn.broadcast,
             length=self.config.layers,
         )
-        return stack(self.config, self.dtype, name="layers")
+        return stack(self.config, self.dtype, self.activations, name="layers")
