@@ -10,8 +10,19 @@ The factor `a` owns the b and i axes, `b` the b and o axes, both in the weight's
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["RANK", "delta_subscripts", "factor_dims", "factor_shapes", "fan_in", "fan_out"]
+from jax.sharding import PartitionSpec
+
+__all__ = [
+    "RANK",
+    "delta_subscripts",
+    "factor_dims",
+    "factor_shapes",
+    "factor_specs",
+    "fan_in",
+    "fan_out",
+]
 
 RANK = -1
 """Stands for the rank axis where weight axes are counted 0, 1, ..."""
@@ -40,6 +51,25 @@ def factor_shapes(
     a, b = factor_dims(axes)
     size = {RANK: rank, **dict(enumerate(shape))}
     return tuple(size[d] for d in a), tuple(size[d] for d in b)
+
+
+def factor_specs(
+    axes: str, spec: Sequence[Any], rank: Any = None
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """The PartitionSpecs of `a` and `b`: each axis has the entry of the weight's axis.
+
+    Args:
+      axes: one letter for each axis of the weight.
+      spec: one entry for each axis of the weight: a mesh axis, a tuple of them, or None.
+      rank: the entry of the rank axis.
+
+    Example:
+      >>> factor_specs("bio", ("stage", "fsdp", "tensor"))
+      (P('stage', 'fsdp', None), P('stage', None, 'tensor'))
+    """
+    a, b = factor_dims(axes)
+    entry = {RANK: rank, **dict(enumerate(spec))}
+    return PartitionSpec(*(entry[d] for d in a)), PartitionSpec(*(entry[d] for d in b))
 
 
 def delta_subscripts(axes: str) -> str:
