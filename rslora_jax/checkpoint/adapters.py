@@ -18,7 +18,8 @@ from rslora_jax.checkpoint.fit import (
     refusal,
     site_misfits,
 )
-from rslora_jax.checkpoint.plain import check_extra
+from rslora_jax.checkpoint.plain import check_extra, checksum
+from rslora_jax.checkpoint.processes import same, together
 from rslora_jax.checkpoint.records import Record
 from rslora_jax.checkpoint.storage import check_target, read_arrays, read_record, struct_of, write
 from rslora_jax.config import LoraConfig
@@ -72,7 +73,8 @@ def save(  # noqa: PLR0913
     """Saves adapters, and a record of what they are, to a folder that appears whole.
 
     The record holds the config, the resolved sites, the fingerprints of the factors and of
-    the base, and the library's version. The base itself is not saved.
+    the base, and the library's version. The base itself is not saved. Of several processes all
+    take part, and see one folder.
 
     Args:
       path: the folder to make, and what is missing around it.
@@ -100,7 +102,8 @@ def save(  # noqa: PLR0913
       >>> restored.step, restored.lora["w"]["b"].tolist()
       (7, [[1.0, 1.0, 1.0]])
     """
-    check_target(Path(path), overwrite)
+    with together():
+        check_target(Path(path), overwrite)
     extra = {} if extra is None else extra
     check_extra(extra)
     arrays = arrays_of(params_or_lora, sites)
@@ -109,6 +112,7 @@ def save(  # noqa: PLR0913
         config, Sites(tuple(sites), (), _total(sites)), fingerprint(arrays), known, step, extra
     )
     Record.from_dict(record.to_dict())  # what could not be read again is not written
+    same(checksum(record.to_dict()), "adapters")
     write(Path(path), arrays, record, overwrite)
 
 
@@ -154,7 +158,8 @@ def restore(
       Traceback (most recent call last):
       rslora_jax.paths.AdapterError: ...'w': rank 1 in the checkpoint, 4 in what was given...
     """
-    record = read_record(path)
+    with together():
+        record = read_record(path)
     given = None if like is None else factors_in(_lora_of(like))
     misfits = [] if sites is None else site_misfits(record, sites)
     if given is not None:
@@ -225,8 +230,9 @@ def _load(
     """The factors of these sites, where `given` has them, checked against the record."""
     wanted = {f"{site.path}/{name}" for site in sites for name in "ab"}
     saved = Fingerprint(tuple(leaf for leaf in record.lora.leaves if leaf.path in wanted))
-    structs = {leaf.path: struct_of(leaf, given.get(leaf.path)) for leaf in saved.leaves}
-    arrays = read_arrays(path, structs)
+    with together():
+        structs = {leaf.path: struct_of(leaf, given.get(leaf.path)) for leaf in saved.leaves}
+        arrays = read_arrays(path, structs)
     differences = saved.differences(fingerprint(arrays), ("record", "arrays"))
     if differences:
         raise AdapterError(

@@ -7,13 +7,15 @@ that it had.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rslora_jax.checkpoint.processes import is_local
 from rslora_jax.paths import AdapterError
 
 __all__ = ["Packed", "check_like", "pack", "targets", "unpack"]
@@ -163,7 +165,8 @@ def _is_stored(note: Note) -> bool:
 
 def _array(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return jax.random.key_data(leaf) if _kind(leaf) == "key" else leaf
+        array = jax.random.key_data(leaf) if _kind(leaf) == "key" else leaf
+        return np.asarray(array) if is_local(array) else array  # which Orbax would refuse
     return np.array(leaf)
 
 
@@ -197,28 +200,30 @@ def _value(note: Note, array: Any, sharding: Any) -> Any:
     if kind in PYTHON:
         return PYTHON[kind](note["value"])
     if kind == "key":
-        data = jnp.zeros((*note["shape"], 0), np.uint32) if array is None else jnp.asarray(array)
-        return _placed(jax.random.wrap_key_data(data, impl=note["impl"]), sharding)
+        data = np.zeros((*note["shape"], 0), np.uint32) if array is None else array
+        return _placed(partial(jax.random.wrap_key_data, impl=note["impl"]), data, sharding)
     if array is None:
         array = np.zeros(note["shape"], jnp.dtype(note["dtype"]))
     if kind == "array":
-        return array if isinstance(array, jax.Array) else _placed(_jax(note, array), sharding)
+        # A Python number makes a weakly typed array.
+        found = array.item() if _is_weak(note) else array
+        return array if isinstance(array, jax.Array) else _placed(jnp.asarray, found, sharding)
     if _digest(array) != note["sha256"]:
         raise AdapterError(f"it is damaged: {note['path']!r} is not what was saved.")
     return np.asarray(array)[()] if kind == "numpy scalar" else np.asarray(array)
-
-
-def _jax(note: Note, array: np.ndarray) -> jax.Array:
-    # A Python number makes a weakly typed array.
-    return jnp.asarray(array.item() if _is_weak(note) else array)
 
 
 def _is_weak(note: Note) -> bool:
     return bool(note.get("weak")) and not note["shape"]
 
 
-def _placed(array: jax.Array, sharding: Any) -> jax.Array:
-    return array if sharding is None else jax.device_put(array, sharding)
+def _placed(make: Callable[[Any], jax.Array], data: Any, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return make(jnp.asarray(data))
+    if sharding.is_fully_addressable:
+        return jax.device_put(make(jnp.asarray(data)), sharding)
+    # Only a program that all processes run puts something on the devices of all.
+    return jax.jit(make, out_shardings=sharding)(data)
 
 
 def _fits(note: Note, other: Note) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rslora_jax.checkpoint.adapters import arrays_of
 from rslora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
 from rslora_jax.checkpoint.manager import Keep, check_counts, local, manager
+from rslora_jax.checkpoint.processes import exchange, together
 from rslora_jax.checkpoint.records import Record
 from rslora_jax.checkpoint.steps import RunState, check_state, items_of, read_step, score
 from rslora_jax.checkpoint.storage import line, os_error
@@ -30,6 +31,10 @@ class Runs:
     training step may donate the buffers; a thread writes. A step appears in the folder whole or
     not at all, and an older one is deleted only after a newer one is complete. One job at a time
     may write to a folder.
+
+    Of a job of several processes each one opens the folder, saves, restores and discards at the
+    same steps: each writes and reads the shards that it holds, and the state must otherwise be the
+    same on all.
 
     Args:
       folder: the folder of the run, made if it is not there; on a local or mounted disk that all
@@ -103,7 +108,8 @@ class Runs:
 
         Args:
           state: what the run needs to go on.
-          metrics: numbers to keep with the step, such as ``{"loss": loss}``.
+          metrics: numbers to keep with the step, such as ``{"loss": loss}``; of several
+            processes those of the first are kept.
           force: True saves a step that is no multiple of `save_every`, such as the last one.
 
         Returns:
@@ -154,7 +160,9 @@ class Runs:
             the config, the base or `like`, with the paths and both values.
         """
         steps = self.steps()
-        wanted = self._chosen(step, steps)
+        with together():
+            wanted = self._chosen(step, steps)
+        wanted = int(exchange(str(wanted))[0])  # a shared disk may show others an older listing
         try:
             state = read_step(self.path(wanted), self._record, like)
         except AdapterError as error:

@@ -16,8 +16,9 @@ from rslora_jax.checkpoint.containers import decode, encode
 from rslora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
 from rslora_jax.checkpoint.fit import listed
 from rslora_jax.checkpoint.plain import checksum
+from rslora_jax.checkpoint.processes import same, together
 from rslora_jax.checkpoint.records import Record
-from rslora_jax.checkpoint.storage import ARRAYS, RECORD, line, load, read_record
+from rslora_jax.checkpoint.storage import ARRAYS, RECORD, line, load, read_record, storable
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
 
@@ -81,8 +82,10 @@ def items_of(
     notes, arrays = leaves.pack(names, [*flat.leaves, *found])
     content = _content(arrays, notes).to_dict()
     run = {"notes": notes, "data": data, "metrics": dict(metrics), "arrays": content}
+    alike = {name: part for name, part in run.items() if name != "metrics"}  # a time may differ
+    same(checksum({**alike, "record": record.to_dict()}), "state")
     items = {
-        ARRAYS: ocp.args.PyTreeSave(dict(factors)),
+        ARRAYS: ocp.args.PyTreeSave(storable(factors)),
         RECORD: ocp.args.JsonSave(record.to_dict()),
         RUN: ocp.args.JsonSave({**run, "checksum": checksum(run)}),
     }
@@ -106,10 +109,10 @@ def read_step(folder: Path, record: Record, like: RunState) -> RunState:
       AdapterError: if it is damaged or does not fit.
     """
     check_state(like, "like")
-    saved = read_record(folder)
     restored = restore(folder, like.lora, sites=record.sites, base=record.base)
-    _check_config(saved, record)
-    run, flat = _notes(folder), _rest(like)
+    with together():
+        _check_config(read_record(folder), record)
+        run, flat = _notes(folder), _rest(like)
     count = sum(not note["path"].startswith("data/") for note in run["notes"])
     leaves.check_like(run["notes"][:count], flat.paths, flat.leaves)
     guides = [*flat.leaves, *_guides(like.data, len(run["notes"]) - count)]
@@ -151,11 +154,13 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 def _arrays(folder: Path, run: Mapping[str, Any], guides: list[Any]) -> dict[str, Any]:
     """The arrays of the item ``state``, checked against the fingerprint in the notes."""
-    structs = leaves.targets(run["notes"], guides)
-    try:
-        arrays = load(folder / STATE, structs) if structs else {}
-    except Exception as error:  # damaged files make Orbax and TensorStore raise all kinds
-        raise AdapterError(f"it is damaged: its arrays cannot be read: {line(error)}") from error
+    with together():
+        structs = leaves.targets(run["notes"], guides)
+        try:
+            arrays = load(folder / STATE, structs) if structs else {}
+        except Exception as error:  # damaged files make Orbax and TensorStore raise all kinds
+            said = f"it is damaged: its arrays cannot be read: {line(error)}"
+            raise AdapterError(said) from error
     saved = Fingerprint.from_dict(run["arrays"])
     differences = saved.differences(_content(arrays, run["notes"]), ("notes", "arrays"))
     if differences:

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from rslora_jax.checkpoint.fingerprint import Leaf
+from rslora_jax.checkpoint.processes import exchange, is_first, is_local, together
 from rslora_jax.checkpoint.records import Record
 from rslora_jax.files import whole_folder
 from rslora_jax.paths import AdapterError
@@ -32,6 +32,7 @@ __all__ = [
     "os_error",
     "read_arrays",
     "read_record",
+    "storable",
     "struct_of",
     "write",
 ]
@@ -67,24 +68,22 @@ def write(path: Path, arrays: Mapping[str, Any], record: Record, overwrite: bool
       OSError: if it cannot be written; what was at `path` is still there then.
     """
     target = Path(os.path.realpath(path))
-    staging = target.with_name(f".{target.name}-{_token():08x}")
+    staging = target.with_name(f".{target.name}-{exchange(secrets.token_hex(4))[0]}")
     try:
-        _save(staging, dict(arrays), record.to_dict())
-        if jax.process_index() == 0:
-            with whole_folder(target, overwrite=overwrite) as folder:
-                for child in sorted(staging.iterdir()):
-                    child.rename(folder / child.name)
-            staging.rmdir()
+        with together():
+            _save(staging, storable(arrays), record.to_dict())
+        with together():
+            if is_first():
+                _put(staging, target, overwrite)
     except AdapterError:
         raise
     except Exception as error:  # Orbax and TensorStore raise all kinds for a full disk
         said = f"{path} could not be saved; what was there before is unchanged. {line(error)}"
         raise os_error(said, error) from error
     finally:
-        for left in (staging, staging.with_name(staging.name + UNFINISHED)):
-            _clear(left)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"rslora_jax saved {target}")
+        if is_first():
+            for left in (staging, staging.with_name(staging.name + UNFINISHED)):
+                _clear(left)
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
@@ -163,14 +162,39 @@ def struct_of(leaf: Leaf, given: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
+def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays as Orbax takes them: it refuses JAX arrays that one of many processes holds."""
+    local = {path for path, a in arrays.items() if isinstance(a, jax.Array) and is_local(a)}
+    return {path: np.asarray(a) if path in local else a for path, a in arrays.items()}
+
+
+def _put(staging: Path, target: Path, overwrite: bool) -> None:
+    with whole_folder(target, overwrite=overwrite) as folder:
+        for child in sorted(staging.iterdir()):
+            child.rename(folder / child.name)
+    staging.rmdir()
+
+
 def _save(path: Path, arrays: dict[str, Any], record: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp  # noqa: PLC0415  (0.9 s to import)
 
     items = ocp.args.Composite(
         **{ARRAYS: ocp.args.PyTreeSave(arrays), RECORD: ocp.args.JsonSave(record)}
     )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(), multiprocessing_options=_everyone()
+    ) as checkpointer:
         checkpointer.save(path, args=items)
+
+
+def _everyone() -> Any:
+    """Orbax's barriers between named processes end after minutes, those between all never do."""
+    import orbax.checkpoint as ocp  # noqa: PLC0415  (0.9 s to import)
+
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(count)) if count > 1 else None
+    )
 
 
 def load(folder: Path, structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -185,19 +209,18 @@ def load(folder: Path, structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str,
         )
 
     wanted = dict(structs)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(
+    # Not through a Checkpointer: it waits for the other processes, one of which may have failed.
+    handler: Any = ocp.PyTreeCheckpointHandler()
+    try:
+        found = handler.restore(
             folder,
             args=ocp.args.PyTreeRestore(
                 item=wanted, restore_args=jax.tree.map(how, wanted), partial_restore=True
             ),
         )
+    finally:
+        handler.close()
     return {name: found[name] for name in structs}
-
-
-def _token() -> int:
-    own = np.uint32(secrets.randbits(32))
-    return int(multihost_utils.broadcast_one_to_all(own) if jax.process_count() > 1 else own)
 
 
 def _clear(folder: Path) -> None:
