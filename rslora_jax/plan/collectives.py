@@ -1,6 +1,7 @@
 """Collectives: what the devices of a compiled program send to one another, and how often."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -24,7 +25,7 @@ KINDS = (
     "ragged-all-to-all",
     "send",
 )
-"""The operations that move data between devices; `send` is between slices or to the host."""
+"""The operations that move data between devices; between slices the TPU's is a `send`."""
 
 ONE_WAY = ("collective-permute", "collective-broadcast", "send")
 START = "AsyncCollectiveStart"
@@ -66,7 +67,7 @@ class Collective(NamedTuple):
 
         An all-gather, a reduce-scatter and an all-to-all send (g - 1)/g of `bytes`, an
         all-reduce, which is a reduce-scatter and an all-gather, twice that, and a permutation
-        all of it.
+        or a send all of it.
         """
         if self.kind in ONE_WAY:
             return float(self.bytes)
@@ -158,7 +159,7 @@ def _found(module: Module, run: Run, step: Instruction) -> Iterator[Collective]:
         if _counts(inside):
             for each in inside.instructions.values():
                 yield from _found(module, run._replace(computation=inside), each)
-    elif _kind(step) in KINDS:
+    elif _kind(step) in KINDS and not _to_host(step):
         made = _collective(module, run, step)
         if made.group_size > 1:
             yield made
@@ -166,6 +167,10 @@ def _found(module: Module, run: Run, step: Instruction) -> Iterator[Collective]:
 
 def _kind(step: Instruction) -> str:
     return step.opcode.removesuffix("-start")
+
+
+def _to_host(step: Instruction) -> bool:
+    return "is_host_transfer=true" in step.tail and "megascale" not in step.tail
 
 
 def _counts(inside: Computation) -> bool:
@@ -191,7 +196,14 @@ def _collective(module: Module, run: Run, step: Instruction) -> Collective:
         kind = "reduce-scatter"
     size = sum(shape.size for shape in shapes)
     group = _group(module, step)
-    return Collective(kind, shapes, size, run.times, group, step.name, step.op_name, run.exact)
+    origin = step.op_name or _rendezvous(step)
+    return Collective(kind, shapes, size, run.times, group, step.name, origin, run.exact)
+
+
+def _rendezvous(step: Instruction) -> str:
+    """Of a transfer between slices, the collective that it is a part of."""
+    found = re.search(r'transfer_rendezvous="([^"]*)"', step.tail)
+    return found[1] if found else ""
 
 
 def _scatters(inside: Computation, step: Instruction) -> bool:
