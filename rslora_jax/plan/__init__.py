@@ -4,7 +4,8 @@ The real TPU compiler answers, without a TPU: `plan` compiles any step for any t
 """
 
 from rslora_jax.plan.chips import CHIPS, Chip
-from rslora_jax.plan.plan import Plan, Traffic, plan
+from rslora_jax.plan.plan import plan
+from rslora_jax.plan.report import Plan, Traffic, compare
 from rslora_jax.plan.topologies import KNOWN, Topology, abstract_mesh, topology
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Topology",
     "Traffic",
     "abstract_mesh",
+    "compare",
     "plan",
     "topology",
 ]

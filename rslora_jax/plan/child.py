@@ -2,7 +2,7 @@
 
 It runs as a file of its own and imports nothing of this library: starting it costs an import of
 JAX alone. The folder that it is given holds ``order.json`` and ``program.bin``; it leaves
-``answer.json`` and, if the program compiled, ``program.hlo``.
+``answer.json``.
 """
 
 import json
@@ -22,7 +22,6 @@ MEMORY = {
     "aliased": "alias_size_in_bytes",
     "temporaries": "temp_size_in_bytes",
     "code": "generated_code_size_in_bytes",
-    "peak": "peak_memory_in_bytes",
 }
 """What the compiler tells about a program's memory, by the planner's names."""
 
@@ -34,7 +33,9 @@ def main(folder: Path) -> None:
         answer = _compile(folder, order)
     except Exception as error:
         answer = {"error": type(error).__name__, "text": str(error)}
-    (folder / "answer.json").write_text(json.dumps(answer))
+    whole = folder / "answer.part"
+    whole.write_text(json.dumps(answer))
+    whole.replace(folder / "answer.json")
 
 
 def _compile(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
@@ -51,10 +52,17 @@ def _compile(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     compiled = lowered.compile(compiler_options=order["options"] or None)
     seconds = time.monotonic() - start
-    (folder / "program.hlo").write_text(compiled.as_text() or "")
     statistics = compiled.memory_analysis()
-    memory = {name: getattr(statistics, theirs, None) for name, theirs in MEMORY.items()}
-    return {"memory": memory, "seconds": seconds}
+    memory = {name: getattr(statistics, theirs) for name, theirs in MEMORY.items()}
+    return {"memory": memory, "seconds": seconds, **_text(compiled)}
+
+
+def _text(compiled: Any) -> dict[str, str]:
+    try:
+        return {"hlo": compiled.as_text() or "", "unread": "the program has no text"}
+    except Exception as error:
+        # jaxlib can be older than libtpu: 0.10.2 cannot read some TPU7x programs of 0.0.52.
+        return {"hlo": "", "unread": f"JAX cannot read the compiled program: {error}"}
 
 
 def _mesh(order: dict[str, Any]) -> Any:

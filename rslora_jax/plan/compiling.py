@@ -112,7 +112,7 @@ def _order(
         "config": found.chip.config,
         "mesh": dict(mesh.shape),
         "types": [kind.name for kind in mesh.axis_types],
-        "specs": [_written(one.array.sharding.spec) for one in program.inputs if one.array],
+        "specs": [_written(one.sharding.spec) for one in program.arrays],
         "donated": list(program.donated),
         "options": dict(options),
         "x64": bool(jax.config.read("jax_enable_x64")),
@@ -138,10 +138,7 @@ def _ask(
             _wait(process, found, time_limit, report)
         if not (folder / "answer.json").exists():
             raise _aborted(process.returncode, (folder / "errors.txt").read_bytes(), found)
-        answer = json.loads((folder / "answer.json").read_text())
-        if "memory" in answer:
-            answer["hlo"] = (folder / "program.hlo").read_text()
-        return answer
+        return json.loads((folder / "answer.json").read_text())
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,13 +52,13 @@ class Program(NamedTuple):
     Attributes:
       module: the serialized `jax.export.Exported` of the flattened step.
       digest: SHA-256 of its StableHLO without names of files and line numbers.
-      inputs: the arrays that it takes, in order.
-      donated: the places in `inputs` that it may overwrite.
+      arrays: what it takes, in order.
+      donated: the places in `arrays` that it may overwrite.
     """
 
     module: bytes
     digest: str
-    inputs: tuple[Input, ...]
+    arrays: tuple[jax.ShapeDtypeStruct, ...]
     donated: tuple[int, ...]
 
 
@@ -145,9 +146,14 @@ def export(
         donated = _donated(step, args, found, donate)
         jitted = jax.jit(flat, donate_argnums=donated)
         exported = jax.export.export(jitted, platforms=["tpu"])(*arrays)
-    digest = hashlib.sha256(exported.mlir_module().encode()).hexdigest()
-    kept = tuple(one for one in found if one.array is not None)
-    return Program(bytes(exported.serialize()), digest, kept, donated)
+    digest = hashlib.sha256(_bare(exported.mlir_module()).encode()).hexdigest()
+    return Program(bytes(exported.serialize()), digest, tuple(arrays), donated)
+
+
+def _bare(text: str) -> str:
+    """StableHLO without its locations: they hold line numbers of the program and its callers."""
+    lines = (line for line in text.splitlines() if not line.startswith("#loc"))
+    return re.sub(r' loc\((#loc\d*|"[^"]*"|unknown)\)', "", "\n".join(lines))
 
 
 def _names(

@@ -1,7 +1,5 @@
 """Plan: one step, compiled ahead of time for one topology, and what the compiler said of it."""
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,135 +9,16 @@ from jax.sharding import AxisType
 
 from rslora_jax.paths import AdapterError
 from rslora_jax.plan import caching
+from rslora_jax.plan.collectives import Collective, collectives_of
 from rslora_jax.plan.compiling import Report, compile_program, versions
+from rslora_jax.plan.counting import count_of
 from rslora_jax.plan.exporting import Input, export, inputs
+from rslora_jax.plan.hlo import parse
+from rslora_jax.plan.report import Plan, Traffic
+from rslora_jax.plan.roofline import roofline
 from rslora_jax.plan.topologies import Topology, abstract_mesh, check_mesh, topology
 
-__all__ = ["Plan", "Traffic", "plan"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """The collectives of one kind that a step runs.
-
-    Attributes:
-      kind: such as ``all-gather``.
-      count: how often one runs in a step, those in loops at each turn.
-      bytes: what one device receives in all of them.
-    """
-
-    kind: str
-    count: int
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step needs and costs on one JAX device of a topology, in bytes and seconds.
-
-    Attributes:
-      name: what the step was called.
-      topology: the name of a slice, such as ``v5e:16x16``.
-      num_slices: how many slices.
-      mesh: the size of each mesh axis.
-      fits: whether the compiler found room for it.
-      need: the bytes that it needs: the compiler's peak, or what it missed.
-      have: the bytes that a program may have on a device.
-      arguments: bytes of the step's arguments by name, without the padding of tiles.
-      gradients: bytes of the trained argument, as its gradients are large; they are part of the
-        temporaries. None if nothing was said to be trained.
-      memory: the compiler's bytes of ``arguments``, ``outputs``, those of the outputs that are
-        ``aliased`` to arguments, ``temporaries``, ``code`` and the ``peak``; empty if it does
-        not fit.
-      flops: floating-point operations of one device in a step, loops counted at each turn; None
-        if it does not fit.
-      hbm_bytes: bytes that a device reads from and writes to its memory in a step.
-      seconds: the least time of a step by ``compute``, ``memory`` and ``network`` alone.
-      collectives: what the devices send to one another.
-      compile_seconds: how long the compiler took; None if it does not fit.
-      trace_seconds: how long tracing and exporting took.
-      cached: whether the compiler's answer was an earlier one.
-      versions: of jax, jaxlib and libtpu.
-      hlo: the optimized program's text; not a part of the JSON.
-    """
-
-    name: str
-    topology: str
-    num_slices: int
-    mesh: dict[str, int]
-    fits: bool
-    need: int
-    have: int
-    arguments: dict[str, int]
-    gradients: int | None = None
-    memory: dict[str, int] = dataclasses.field(default_factory=dict)
-    flops: float | None = None
-    hbm_bytes: float | None = None
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    collectives: tuple[Traffic, ...] = ()
-    compile_seconds: float | None = None
-    trace_seconds: float = 0.0
-    cached: bool = False
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    hlo: str = dataclasses.field(default="", repr=False, compare=False)
-
-    @property
-    def spare(self) -> int:
-        """The bytes that are left on a device; negative if it does not fit."""
-        return self.have - self.need
-
-    @property
-    def bound(self) -> str | None:
-        """Which of the `seconds` is the longest; None if it does not fit."""
-        return max(self.seconds, key=self.seconds.__getitem__) if self.seconds else None
-
-    @property
-    def step_seconds(self) -> float | None:
-        """The roofline: a step cannot be faster than its longest part."""
-        return max(self.seconds.values()) if self.seconds else None
-
-    @property
-    def devices(self) -> int:
-        """The JAX devices of the mesh."""
-        return topology(self.topology, self.num_slices).devices
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the program's text."""
-        found = dataclasses.asdict(self)
-        del found["hlo"]
-        return {**found, "collectives": [dataclasses.asdict(one) for one in self.collectives]}
-
-    def to_json(self) -> str:
-        """The plan as one JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> "Plan":
-        """Reads what `to_dict` returned.
-
-        Raises:
-          AdapterError: if a part is missing or unknown.
-        """
-        try:
-            traffic = tuple(Traffic(**one) for one in found["collectives"])
-            return cls(**{**found, "collectives": traffic})
-        except (TypeError, KeyError) as error:
-            raise AdapterError(
-                f"A plan was to be read, but it is not one that this version wrote: {error}. "
-                "Make it again."
-            ) from error
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """Reads what `to_json` returned.
-
-        Raises:
-          AdapterError: if it is no JSON, or a part is missing or unknown.
-        """
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise AdapterError(f"A plan was to be read, but it is no JSON: {error}.") from error
+__all__ = ["plan"]
 
 
 def plan(  # noqa: PLR0913  # one name for each thing that a plan depends on
@@ -162,7 +41,9 @@ def plan(  # noqa: PLR0913  # one name for each thing that a plan depends on
 ) -> Plan:
     """Compiles a step for a topology with the real TPU compiler, without a TPU.
 
-    The step is traced and exported here; a process of its own loads libtpu and compiles.
+    The step is traced and exported here; a process of its own loads libtpu and compiles. (JAX
+    itself loads an installed libtpu with the first operation of any process, and says so on the
+    standard error; ``JAX_PLATFORMS=cpu`` prevents that.)
 
     Args:
       step: any function of arrays, or a jitted one. Constraints on shardings inside it may be
@@ -210,6 +91,8 @@ def plan(  # noqa: PLR0913  # one name for each thing that a plan depends on
     known = versions()
     start = time.monotonic()
     found = inputs(step, args, mesh, names, specs)
+    sums = _sums(found)
+    gradients = _gradients(sums, trained)
     program = export(step, args, found, mesh, donate)
     trace_seconds = time.monotonic() - start
     folder = caching.folder(cache)
@@ -221,8 +104,8 @@ def plan(  # noqa: PLR0913  # one name for each thing that a plan depends on
         topology=where.name,
         num_slices=num_slices,
         mesh=dict(mesh_shape),
-        arguments=_sums(found),
-        gradients=_gradients(_sums(found), trained),
+        arguments=sums,
+        gradients=gradients,
         trace_seconds=trace_seconds,
         versions=known,
         **_answered(answer, where),
@@ -257,18 +140,51 @@ def _answered(answer: Mapping[str, Any], where: Topology) -> dict[str, Any]:
     if "memory" not in answer:
         short = {"need": answer["need"], "have": answer["have"]}
         return {"fits": False, "cached": answer["cached"], **short}
-    memory = {name: size for name, size in answer["memory"].items() if size is not None}
     return {
         "fits": True,
-        "need": _peak(memory),
+        "need": _need(answer["memory"]),
         "have": where.chip.hbm_available,
-        "memory": memory,
+        "memory": answer["memory"],
         "compile_seconds": answer["seconds"],
         "cached": answer["cached"],
         "hlo": answer["hlo"],
+        **(_counted(answer["hlo"], where) if answer["hlo"] else {"unknown": (answer["unread"],)}),
     }
 
 
-def _peak(memory: Mapping[str, int]) -> int:
+def _need(memory: Mapping[str, int]) -> int:
+    # What the compiler calls a program's peak also counts memory that is on the chip; this sum
+    # was seen to be what it asks for where a program does not fit.
     parts = sum(memory[name] for name in ("arguments", "outputs", "temporaries", "code"))
-    return memory.get("peak") or parts - memory["aliased"]
+    return parts - memory["aliased"]
+
+
+def _counted(text: str, where: Topology) -> dict[str, Any]:
+    # Whether it fits is known already; what cannot be counted must not hide that.
+    try:
+        module = parse(text)
+        count, found = count_of(module), collectives_of(module)
+    except AdapterError as error:
+        return {"unknown": (str(error),)}
+    bounds = roofline(count, found, where.chip)
+    return {
+        "flops": count.flops,
+        "hbm_bytes": count.hbm_bytes,
+        "unknown": bounds.unknown,
+        "seconds": {name: seconds for name, seconds in bounds.parts.items() if seconds},
+        "collectives": _by_kind(found),
+    }
+
+
+def _by_kind(found: Sequence[Collective]) -> tuple[Traffic, ...]:
+    kinds = dict.fromkeys(each.kind for each in found)
+    return tuple(_sum(kind, [each for each in found if each.kind == kind]) for kind in kinds)
+
+
+def _sum(kind: str, found: Sequence[Collective]) -> Traffic:
+    return Traffic(
+        kind=kind,
+        count=sum(each.times for each in found),
+        bytes=sum(each.times * each.bytes for each in found),
+        wire_bytes=sum(each.times * each.wire_bytes for each in found),
+    )
