@@ -166,5 +166,5 @@ def test_the_function_is_that_of_the_example(variant, layout):
     found = compiled(lambda base: llama.logits(model, base, TOKENS, chosen))(base)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     picked = jnp.take_along_axis(jax.nn.log_softmax(wanted), TOKENS[..., None], -1)
-    loss = compiled(lambda base: llama.loss(model, base, TOKENS, TOKENS, chosen))(base)
+    loss = compiled(lambda base: llama.loss(model, base, (TOKENS, TOKENS), chosen))(base)
     np.testing.assert_allclose(loss, -picked.mean(), rtol=1e-5)

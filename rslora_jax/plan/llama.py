@@ -58,8 +58,7 @@ def logits(model: Model, base: Tree, tokens: jax.Array, layout: Layout = PLAIN) 
 def loss(
     model: Model,
     base: Tree,
-    tokens: jax.Array,
-    labels: jax.Array,
+    batch: tuple[jax.Array, jax.Array],
     layout: Layout = PLAIN,
     shift: jax.Array | None = None,
 ) -> jax.Array:
@@ -68,14 +67,14 @@ def loss(
     Args:
       model: the sizes.
       base: the weights, as `structs` shapes them.
-      tokens: integers [B, T].
-      labels: integers [B, T].
+      batch: tokens and labels, integers [B, T].
       layout: how to compute it.
       shift: added to the embedding of every token, [width]; its gradient goes through all layers.
 
     Returns:
       A float32 scalar, in nats.
     """
+    tokens, labels = batch
     x = _hidden(model, layout, base, tokens, shift)
     x, head = pin(x, BATCH, SEQUENCE, None), pin(_head(model, layout, base), None, TENSOR)
 
