@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llama as example
-from rslora_jax.paths import AdapterError, flatten
+from rslora_jax.paths import AdapterError
 from rslora_jax.plan import llama
 from rslora_jax.plan.layout import Layout
 from rslora_jax.plan.models import MODELS, find_model
@@ -18,14 +18,11 @@ from tests.quick import compiled
 
 TINY = Model("tiny", 24, 12, 20, 3, 4, 2, 6, theta=100.0)
 TOKENS = np.random.default_rng(1).integers(0, TINY.vocab, (2, 8), np.int32)
+BLOCKS = Layout("full", block=2, dtype=jnp.float32)
 VARIANTS = {
-    "tied": dataclasses.replace(TINY, tied=True),
-    "biases": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True),
-    "scaled rope": dataclasses.replace(TINY, scaling=RopeScaling(8.0, original=64)),
-}
-LAYOUTS = {
-    "whole": Layout("none", block=8, dtype=jnp.float32),
-    "in blocks": Layout("full", block=2, dtype=jnp.float32),
+    "tied": (dataclasses.replace(TINY, tied=True), Layout("none", block=8, dtype=jnp.float32)),
+    "biases": (dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True), BLOCKS),
+    "scaled rope": (dataclasses.replace(TINY, scaling=RopeScaling(8.0, original=64)), BLOCKS),
 }
 
 
@@ -155,16 +152,42 @@ def test_files_that_are_no_config_are_refused(tmp_path):
         find_model(str(tmp_path / "list.json"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_function_is_that_of_the_example(variant, layout):
-    model, base, chosen = VARIANTS[variant], weights(VARIANTS[variant]), LAYOUTS[layout]
-    known = as_example(model)
-    shapes = jax.eval_shape(known.init, jax.random.key(0), TOKENS)["params"]
-    assert flatten(shapes).paths == flatten(base).paths
-    wanted = compiled(lambda base: known.apply({"params": base}, TOKENS))(base)
-    found = compiled(lambda base: llama.logits(model, base, TOKENS, chosen))(base)
+def test_the_function_is_that_of_the_example(variant):
+    (model, layout), known = VARIANTS[variant], as_example(VARIANTS[variant][0])
+    base = weights(model)
+
+    def all_three(base):
+        loss = llama.loss(model, base, (TOKENS, TOKENS), layout)
+        return (
+            known.apply({"params": base}, TOKENS),
+            llama.logits(model, base, TOKENS, layout),
+            loss,
+        )
+
+    wanted, found, loss = compiled(all_three)(base)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     picked = jnp.take_along_axis(jax.nn.log_softmax(wanted), TOKENS[..., None], -1)
-    loss = compiled(lambda base: llama.loss(model, base, (TOKENS, TOKENS), chosen))(base)
     np.testing.assert_allclose(loss, -picked.mean(), rtol=1e-5)
+
+
+def test_its_tree_is_that_of_the_example():
+    for model, _ in VARIANTS.values():
+        shapes = jax.eval_shape(as_example(model).init, jax.random.key(0), TOKENS)["params"]
+        found = llama.structs(model, jnp.float32)
+        assert jax.tree.map(lambda leaf: leaf.shape, found) == jax.tree.map(
+            lambda leaf: leaf.shape, shapes
+        )
+
+
+def test_a_window_hides_what_is_further_back_and_a_norm_hides_the_size_of_queries():
+    model = dataclasses.replace(TINY, window=2, qk_norm=True, eps=1e-12, layers=1)
+    base, moved = weights(model), TOKENS.copy()
+    moved[:, 0] = (moved[:, 0] + 1) % TINY.vocab
+    louder = jax.tree.map(lambda leaf: leaf, base)
+    louder["layers"]["self_attn"]["q_proj"]["kernel"] *= 10
+    read = compiled(lambda base, tokens: llama.logits(model, base, tokens, BLOCKS))
+    plain = read(base, TOKENS)
+    np.testing.assert_allclose(read(louder, TOKENS), plain, rtol=1e-4, atol=1e-4)
+    apart = np.abs(read(base, moved) - plain).max((0, 2))
+    assert (apart[:2] > 1e-3).all() and apart[2:].max() == 0
