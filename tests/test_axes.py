@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from rslora_jax.axes import RANK, delta_subscripts, factor_dims, factor_shapes, fan_in, fan_out
+from rslora_jax.axes import (
+    RANK,
+    delta_subscripts,
+    factor_dims,
+    factor_shapes,
+    factor_specs,
+    fan_in,
+    fan_out,
+)
 
 CASES = {
     "a dense kernel": ("io", (5, 7), (5, 2), (2, 7)),
@@ -72,3 +81,19 @@ def test_each_layer_of_a_stack_meets_only_its_own_factors():
 def test_fans_multiply_the_axes_of_their_role_and_leave_stacks_out(axes, shape, inputs, outputs):
     assert fan_in(axes, shape) == inputs
     assert fan_out(axes, shape) == outputs
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "a", "b"),
+    [
+        ("io", ("x", "y"), P("x", None), P(None, "y")),
+        ("oi", ("x", "y"), P("y", None), P(None, "x")),
+        ("bioo", ("w", "x", "y", "z"), P("w", "x", None), P("w", None, "y", "z")),
+        ("iob", ("x", "y", ("w", "z")), P(("w", "z"), "x", None), P(("w", "z"), None, "y")),
+        ("iio", ("x", None, "y"), P("x", None, None), P(None, "y")),
+    ],
+)
+def test_factors_have_the_specs_of_the_axes_that_they_own(axes, spec, a, b):
+    assert factor_specs(axes, spec) == (a, b)
+    split_a, split_b = factor_specs(axes, spec, rank="r")
+    assert split_a[len(a) - 1] == split_b[axes.count("b")] == "r"

@@ -84,6 +84,8 @@ def _factor_specs(
     if mesh is not None:
         check_names(policy.names, mesh, f"{policy} was asked for {site.path!r}")
     pair = policy.specs(site.axes, tuple(base))
-    for placing in Placing.of_factors(site.path, site.axes, site.factor_shapes, pair):
-        check_placing(placing, mesh)
+    placings = Placing.of_factors(site.path, site.axes, site.factor_shapes, pair)
+    for step in (None, mesh):  # what no mesh could carry out comes first
+        for placing in placings:
+            check_placing(placing, step)
     return pair
