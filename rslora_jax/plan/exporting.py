@@ -150,10 +150,13 @@ def export(
     return Program(bytes(exported.serialize()), digest, tuple(arrays), donated)
 
 
+LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\([^()]*\))*\))*\)')
+
+
 def _bare(text: str) -> str:
     """StableHLO without its locations: they hold line numbers of the program and its callers."""
     lines = (line for line in text.splitlines() if not line.startswith("#loc"))
-    return re.sub(r' loc\((#loc\d*|"[^"]*"|unknown)\)', "", "\n".join(lines))
+    return LOCATION.sub("", "\n".join(lines))
 
 
 def _names(
