@@ -18,6 +18,7 @@ from jax import lax
 
 from rslora_jax.axes import RANK, delta_subscripts, factor_dims, factor_shapes, fan_in
 from rslora_jax.config import LoraConfig
+from rslora_jax.meshes import along
 from rslora_jax.paths import AdapterError, insert, lookup
 from rslora_jax.sites import Site
 
@@ -145,7 +146,7 @@ def project(
     x: Factor,
     first: Factor,
     second: Factor,
-    out: Labels,
+    base: Factor,
     *,
     scale: float,
     left: bool,
@@ -157,23 +158,35 @@ def project(
       x: the activation; axes that a product sums over carry the weight's labels.
       first: the factor that meets `x`.
       second: the factor that follows.
-      out: the labels that must survive.
+      base: the product with the weight, whose labels must survive. On a mesh the result
+        lies as it does, and the rank-r activation as `x` does.
       scale: the site's scale, applied to the rank-r side.
       left: the weight stood on the left of the original product.
-      dot: ``dot(lhs, rhs, dimension_numbers)``, with the original's precision and
-        accumulation type.
+      dot: ``dot(lhs, rhs, dimension_numbers, out_sharding=...)``, with the original's
+        precision and accumulation type.
 
     Returns:
       The product with its labels, in whatever order the products left them.
     """
-    keep = {*out, *second.labels}
-    thin = contract(*((first, x) if left else (x, first)), keep=keep, dot=dot)
+    keep, out = {*base.labels, *second.labels}, {*base.labels}
+    sides = (first, x) if left else (x, first)
+    thin = contract(*sides, keep=keep, dot=dot, sides=(x, base, first))
     thin = Factor(_times(thin.array, scale), thin.labels)
-    return contract(*((second, thin) if left else (thin, second)), keep={*out}, dot=dot)
+    return contract(*((second, thin) if left else (thin, second)), keep=out, dot=dot, sides=(base,))
 
 
-def contract(lhs: Factor, rhs: Factor, *, keep: set[int], dot: Callable[..., jax.Array]) -> Factor:
-    """One `dot_general` over labelled axes: shared labels are summed unless in `keep`."""
+def contract(
+    lhs: Factor,
+    rhs: Factor,
+    *,
+    keep: set[int],
+    dot: Callable[..., jax.Array],
+    sides: Sequence[Factor] = (),
+) -> Factor:
+    """One `dot_general` over labelled axes: shared labels are summed unless in `keep`.
+
+    On a mesh of Explicit axes the result lies along `sides`, the most important first.
+    """
     lhs, rhs = _sum_lonely(lhs, rhs, keep), _sum_lonely(rhs, lhs, keep)
     shared = [n for n in lhs.labels if n in rhs.labels]
     batch = tuple(n for n in shared if n in keep)
@@ -183,7 +196,9 @@ def contract(lhs: Factor, rhs: Factor, *, keep: set[int], dot: Callable[..., jax
         for ns in (summed, batch)
     )
     free = [n for side in (lhs, rhs) for n in side.labels if n not in shared]
-    return Factor(dot(lhs.array, rhs.array, numbers), (*batch, *free))
+    labels = (*batch, *free)
+    place = along(labels, sides)
+    return Factor(dot(lhs.array, rhs.array, numbers, out_sharding=place), labels)
 
 
 def _times(array: jax.Array, scale: float) -> jax.Array:

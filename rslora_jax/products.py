@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor, contract, project
+from rslora_jax.meshes import along
 from rslora_jax.taps import Ragged, watch_input, watch_output
 from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
 
@@ -34,11 +35,11 @@ def whole(held: Held) -> jax.Array:
     keep = {n for factor in (a, b) for n in factor.labels if n != RANK}
     dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     first, second = (Factor(f.array.astype(wide), f.labels) for f in (a, b))
-    product = contract(first, second, keep=keep, dot=dot)
-    order = tuple(range(held.base.ndim))
-    delta = _arrange(product, order, held.base.shape) * held.scale
+    base = Factor(held.base, tuple(range(held.base.ndim)))
+    product = contract(first, second, keep=keep, dot=dot, sides=(base,))
+    delta = _arrange(product, base) * held.scale
     if held.rows:  # rows that were looked up are an activation, a weight is none
-        delta = watch_output(Factor(delta, order), held.base, taps)
+        delta = watch_output(Factor(delta, base.labels), held.base, taps)
     return (held.base.astype(wide) + delta).astype(held.base.dtype)
 
 
@@ -79,8 +80,9 @@ def _plus(
         dtype = jnp.bfloat16
     dot = _like(how.precision, how.preferred_element_type, dtype)
     x = watch_input(x, taps, how.summed)
-    product = project(x, *factors, how.out, scale=how.scale, left=how.left, dot=dot)
-    added = _arrange(product, how.out, base.shape).astype(base.dtype)
+    beside = Factor(base, how.out)
+    product = project(x, *factors, beside, scale=how.scale, left=how.left, dot=dot)
+    added = _arrange(product, beside).astype(base.dtype)
     return base + watch_output(Factor(added, how.out), base, taps)
 
 
@@ -105,12 +107,11 @@ def _both(walk: Walk, eqn: Any, lhs: Held, rhs: Held) -> tuple[Any, Any]:
 
 def _like(precision: Any, preferred: Any, dtype: Any) -> Callable[..., jax.Array]:
     """`dot_general` on operands of `dtype`, with the original's precision and accumulation."""
+    options = {"precision": precision, "preferred_element_type": preferred}
 
-    def dot(lhs: Any, rhs: Any, numbers: Any) -> jax.Array:
+    def dot(lhs: Any, rhs: Any, numbers: Any, out_sharding: Any = None) -> jax.Array:
         sides = (lhs.astype(dtype), rhs.astype(dtype))
-        return lax.dot_general(
-            *sides, numbers, precision=precision, preferred_element_type=preferred
-        )
+        return lax.dot_general(*sides, numbers, **options, out_sharding=out_sharding)
 
     return dot
 
@@ -158,7 +159,7 @@ def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
     thin = dot(watch_input(Factor(x, xs), taps, ragged=members), first, ragged)
     wide = jnp.promote_types(thin.array.dtype, jnp.float32)
     thin = Factor((thin.array.astype(wide) * held.scale).astype(x.dtype), thin.labels)
-    added = _arrange(dot(thin, second, ragged), out, base.shape).astype(base.dtype)
+    added = _arrange(dot(thin, second, ragged), Factor(base, out)).astype(base.dtype)
     return base + watch_output(Factor(added, out), base, taps, members)
 
 
@@ -218,7 +219,7 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
         raise Unsupported("its input and output axes are mixed by another use")
     taps = held.factors[2:]
     x = watch_input(Factor(x, (*range(held.base.ndim, held.base.ndim + x.ndim),)), taps).array
-    kernel = _arrange(_relabel_rank(first, out_axis), range(held.base.ndim), ())
+    kernel = _ordered(_relabel_rank(first, out_axis), range(held.base.ndim))
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: params[name] for name in names}
     preferred = params["preferred_element_type"]
@@ -236,9 +237,13 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     wide = jnp.promote_types(thin.dtype, jnp.float32)
     scaled = Factor((thin.astype(wide) * held.scale).astype(thin.dtype), labels)
     product = contract(
-        scaled, second, keep=set(out), dot=_like(params["precision"], preferred, x.dtype)
+        scaled,
+        second,
+        keep=set(out),
+        dot=_like(params["precision"], preferred, x.dtype),
+        sides=(Factor(base, out),),
     )
-    added = _arrange(product, out, base.shape).astype(base.dtype)
+    added = _arrange(product, Factor(base, out)).astype(base.dtype)
     return base + watch_output(Factor(added, out), base, taps)
 
 
@@ -270,17 +275,21 @@ def _report(
     return checkpoint_name(base, name)
 
 
-def _arrange(product: Factor, out: Iterable[int], shape: Sequence[int]) -> jax.Array:
-    """Puts a labelled product into the order `out`; axes that it lacks are broadcast."""
-    order = tuple(out)
-    present = [n for n in order if n in product.labels]
-    array = product.array
-    if tuple(present) != product.labels:
-        array = jnp.transpose(array, [product.labels.index(n) for n in present])
-    if len(present) == len(order):
+def _arrange(product: Factor, base: Factor) -> jax.Array:
+    """Puts a labelled product into the order of `base`; axes that it lacks are broadcast."""
+    array = _ordered(product, base.labels)
+    if array.ndim == len(base.labels):
         return array
-    places = [k for k, n in enumerate(order) if n in product.labels]
-    return lax.broadcast_in_dim(array, shape, places)
+    places = [k for k, n in enumerate(base.labels) if n in product.labels]
+    place = along(base.labels, (base,))
+    return lax.broadcast_in_dim(array, base.array.shape, places, out_sharding=place)
+
+
+def _ordered(product: Factor, order: Iterable[int]) -> jax.Array:
+    present = [n for n in order if n in product.labels]
+    if tuple(present) == product.labels:
+        return product.array
+    return jnp.transpose(product.array, [product.labels.index(n) for n in present])
 
 
 PRODUCTS: Mapping[str, Callable[..., Any]] = {
