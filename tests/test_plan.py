@@ -19,7 +19,8 @@ from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError
 from rslora_jax.plan import Plan, abstract_mesh, compare, compiling, exporting, plan
 from rslora_jax.plan.exhaustion import exhausted
-from rslora_jax.plan.exporting import export, inputs
+from rslora_jax.plan.exporting import export
+from rslora_jax.plan.inputs import inputs
 
 LAYERS, TOKENS, WIDTH, RANK = 4, 64, 256, 8
 MESH = {"fsdp": 2, "tensor": 2}
@@ -434,10 +435,10 @@ def test_the_planner_does_not_load_the_compiler_itself():
     # JAX does in any process, unless it is told to use the CPU.
     code = f"""
 import jax, sys; sys.path.insert(0, {os.getcwd()!r})
-from rslora_jax.plan import abstract_mesh, exporting
+from rslora_jax.plan import abstract_mesh, exporting, inputs
 mesh = abstract_mesh({MESH})
 x = jax.ShapeDtypeStruct((8,), "float32")
-exporting.export(jax.numpy.sin, (x,), exporting.inputs(jax.numpy.sin, (x,), mesh), mesh)
+exporting.export(jax.numpy.sin, (x,), inputs.inputs(jax.numpy.sin, (x,), mesh), mesh)
 print("libtpu" in open("/proc/self/maps").read(), "libtpu" in sys.modules)
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -23,12 +23,12 @@ from rslora_jax.plan.exhaustion import exhausted
 from rslora_jax.plan.exporting import INSTALL, Program
 from rslora_jax.plan.topologies import Topology, near
 
-__all__ = ["CHILD", "Report", "compile_program", "versions"]
+__all__ = ["CHILD", "Progress", "compile_program", "versions"]
 
 CHILD = Path(__file__).with_name("child.py")
 """What runs in the other process."""
 
-Report = Callable[[str, float], None]
+Progress = Callable[[str, float], None]
 """Is told what goes on and for how many seconds it has, twice a second."""
 
 QUIET = {
@@ -49,7 +49,7 @@ def compile_program(
     options: Mapping[str, Any],
     time_limit: float,
     cache: Path | None,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> dict[str, Any]:
     """Compiles an exported program for a topology, or finds that this was done before.
 
@@ -128,7 +128,7 @@ def _ask(
     order: dict[str, Any],
     found: Topology,
     time_limit: float,
-    report: Report | None,
+    report: Progress | None,
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rslora-plan-") as name:
         folder = Path(name)
@@ -163,7 +163,7 @@ def _started(folder: Path, errors: Any) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], found: Topology, time_limit: float, report: Report | None
+    process: subprocess.Popen[bytes], found: Topology, time_limit: float, report: Progress | None
 ) -> None:
     start = time.monotonic()
     while (elapsed := time.monotonic() - start) < time_limit:

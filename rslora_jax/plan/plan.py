@@ -10,10 +10,11 @@ from jax.sharding import AxisType
 from rslora_jax.paths import AdapterError
 from rslora_jax.plan import caching
 from rslora_jax.plan.collectives import Collective, collectives_of
-from rslora_jax.plan.compiling import Report, compile_program, versions
+from rslora_jax.plan.compiling import Progress, compile_program, versions
 from rslora_jax.plan.counting import count_of
-from rslora_jax.plan.exporting import Input, export, inputs
+from rslora_jax.plan.exporting import export
 from rslora_jax.plan.hlo import parse
+from rslora_jax.plan.inputs import Input, inputs
 from rslora_jax.plan.report import Plan, Traffic
 from rslora_jax.plan.roofline import roofline
 from rslora_jax.plan.topologies import Topology, abstract_mesh, check_mesh, topology
@@ -37,7 +38,7 @@ def plan(  # noqa: PLR0913  # one name for each thing that a plan depends on
     compiler_options: Mapping[str, Any] | None = None,
     time_limit: float = 1800.0,
     cache: bool | str | Path = True,
-    report: Report | None = None,
+    report: Progress | None = None,
 ) -> Plan:
     """Compiles a step for a topology with the real TPU compiler, without a TPU.
 

@@ -105,16 +105,9 @@ class Plan:
         return topology(self.topology, self.num_slices).devices
 
     def tables(self) -> dict[str, Table]:
-        """The plan as tables by title: ``memory``, ``cost`` and ``collectives``.
-
-        Sizes are those of one device. A table of a plan that does not fit has only what is known.
-        """
-        made = {
-            "memory": Table.of(_memory(self)),
-            "cost": Table.of(_cost(self)),
-            "collectives": Table.of(_traffic(self)),
-        }
-        return {title: table for title, table in made.items() if table.rows}
+        """What is known of one device, by title: ``memory``, ``cost`` and ``collectives``."""
+        parts = {"memory": _memory(self), "cost": _cost(self), "collectives": _traffic(self)}
+        return {title: Table.of(rows) for title, rows in parts.items() if rows}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without the program's text."""
@@ -150,9 +143,10 @@ class Plan:
           AdapterError: if it is no JSON, or a part is missing or unknown.
         """
         try:
-            return cls.from_dict(json.loads(text))
+            found = json.loads(text)
         except json.JSONDecodeError as error:
             raise AdapterError(f"A plan was to be read, but it is no JSON: {error}.") from error
+        return cls.from_dict(found)
 
 
 def compare(plans: Iterable[Plan]) -> Table:
@@ -174,8 +168,8 @@ def compare(plans: Iterable[Plan]) -> Table:
 
 
 def _row(one: Plan) -> dict[str, Any]:
+    counted = one.flops is not None
     slices = f"{one.num_slices} x " if one.num_slices > 1 else ""
-    sizes = {name: one.arguments.get(name) for name in one.arguments}
     return {
         "step": one.name,
         "topology": slices + one.topology,
@@ -183,22 +177,16 @@ def _row(one: Plan) -> dict[str, Any]:
         "fits": "yes" if one.fits else "no",
         "peak GiB": one.need / GIB,
         "spare GiB": one.spare / GIB,
-        **{f"{name} GiB": _gib(size) for name, size in sizes.items()},
-        "gradients GiB": _gib(one.gradients),
-        "temporaries GiB": _gib(one.memory.get("temporaries")),
-        "TFLOPs": _scaled(one.flops, 1e12),
-        "HBM GB": _scaled(one.hbm_bytes, 1e9),
-        "sent GB": _sent(one),
-        "step ms": _scaled(one.step_seconds, 1e-3),
+        **{f"{name} GiB": _in(GIB, size) for name, size in one.arguments.items()},
+        "gradients GiB": _in(GIB, one.gradients),
+        "temporaries GiB": _in(GIB, one.memory.get("temporaries")),
+        "TFLOPs": _in(1e12, one.flops),
+        "HBM GB": _in(1e9, one.hbm_bytes),
+        "sent GB": sum(each.wire_bytes for each in one.collectives) / 1e9 if counted else None,
+        "step ms": _in(1e-3, one.step_seconds),
         "bound": one.bound,
         "compile s": one.compile_seconds,
     }
-
-
-def _sent(one: Plan) -> float | None:
-    if one.flops is None:
-        return None
-    return sum(each.wire_bytes for each in one.collectives) / 1e9
 
 
 def _memory(one: Plan) -> list[dict[str, Any]]:
@@ -218,7 +206,7 @@ def _memory(one: Plan) -> list[dict[str, Any]]:
     if not one.fits:
         parts["peak"] = (one.need, "what the compiler says is needed")
     return [
-        {"part": part, "GiB": _gib(size), "what": what}
+        {"part": part, "GiB": _in(GIB, size), "what": what}
         for part, (size, what) in parts.items()
         if size is not None
     ]
@@ -228,8 +216,8 @@ def _cost(one: Plan) -> list[dict[str, Any]]:
     if not one.fits:
         return []
     rows = {
-        "TFLOPs": (_scaled(one.flops, 1e12), "of matrix products, on one device"),
-        "HBM GB": (_scaled(one.hbm_bytes, 1e9), "read and written by one device"),
+        "TFLOPs": (_in(1e12, one.flops), "of matrix products, on one device"),
+        "HBM GB": (_in(1e9, one.hbm_bytes), "read and written by one device"),
         **{
             f"{name} ms": (seconds / 1e-3, "the step's bound" if name == one.bound else "")
             for name, seconds in one.seconds.items()
@@ -256,9 +244,5 @@ def _traffic(one: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _gib(size: int | None) -> float | None:
-    return None if size is None else size / GIB
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
+def _in(unit: float, value: float | None) -> float | None:
     return None if value is None else value / unit
