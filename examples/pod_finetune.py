@@ -1,0 +1,400 @@
+r"""Fine-tune a Llama with rank-stabilized LoRA on one process, on several, or on a TPU pod.
+
+The same file runs everywhere. On a TPU pod, and under Slurm and the like, JAX finds the other
+processes by itself; on one machine they are told where to meet:
+
+    python examples/pod_finetune.py
+    python examples/pod_finetune.py --coordinator localhost:9911 --processes 2 --process-id 0 &
+    python examples/pod_finetune.py --coordinator localhost:9911 --processes 2 --process-id 1
+    gcloud compute tpus tpu-vm ssh POD --worker=all \
+        --command="python examples/pod_finetune.py --output /mnt/shared/run"
+
+Started again it goes on from the newest complete checkpoint, with the losses that it would have
+had, on any number of processes and devices. SIGTERM, the notice that machines will be taken
+away, makes all processes save the same step and exit cleanly.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import rslora_jax as rl
+import texts
+from llama import SPECS, Llama, LlamaConfig
+from rslora_jax.checkpoint import Preemption, Runs, RunState
+from rslora_jax.files import whole_file
+from rslora_jax.paths import flatten
+from rslora_jax.sharding import init_sharded, shardings
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))  # how a batch lies on the mesh
+TINY = LlamaConfig(256, d_model=64, d_ff=128, layers=2, heads=4, kv_heads=2, head_dim=16)
+WARMUP = 10  # steps in which the learning rate rises; then it stays, however long the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Fine-tune a Llama on one process, on several, or on a TPU pod. Run it again to go on."""
+
+    output: Path = Path("outputs/pod_finetune")
+    """Folder of checkpoints and losses.jsonl, on a disk that all processes see."""
+    model: Literal["tiny", "smollm"] = "tiny"
+    """A random Llama that reads bytes, or SmolLM2-135M-Instruct."""
+    data: int = 1
+    """Devices along the axis over which only the batch is split."""
+    fsdp: int | None = None
+    """Devices over which batch and weights are split; by default all that are left."""
+    tensor: int = 1
+    """Devices over which each matrix product is split."""
+    rank: int = 8
+    """Rank of every adapter."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha/sqrt(rank)."""
+    learning_rate: float = 3e-3
+    """Learning rate of Adam, after a few steps in which it rises."""
+    steps: int = 100
+    """Training steps in all, those of earlier starts included."""
+    batch: int = 16
+    """Windows of text per step, on all devices together."""
+    length: int = 64
+    """Tokens per window."""
+    bfloat16: bool = False
+    """Whether activations are bfloat16."""
+    remat: bool = False
+    """Whether layers are computed again in the backward pass instead of stored."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """How many checkpoints stay."""
+    seed: int = 0
+    """Seed of weights, adapters and the order of the text."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where JAX cannot find the other processes by itself."""
+    processes: int = 1
+    """How many processes meet at the coordinator."""
+    process_id: int = 0
+    """Which of them this one is."""
+
+
+class Task(NamedTuple):
+    """What to train on.
+
+    Attributes:
+      model: the Llama.
+      variables: its parameters, abstract.
+      make: makes the parameters where these NamedShardings say.
+      table: windows of text, int32 [N, length + 1].
+    """
+
+    model: Llama
+    variables: Any
+    make: Callable[[Any], Any]
+    table: np.ndarray
+
+
+class Trained(NamedTuple):
+    """An adapted model on a mesh.
+
+    Attributes:
+      base: the frozen parameters.
+      start: the state before the first step.
+      sites: what is adapted.
+      step: ``step(base, lora, opt_state, rows) -> (lora, opt_state, loss)``.
+    """
+
+    base: Any
+    start: RunState
+    sites: rl.Sites
+    step: Callable[..., Any]
+
+
+def main() -> None:
+    """Run with the flags of the command line."""
+    options = tyro.cli(Options)
+    try:
+        prepare(options)
+    except ValueError as error:
+        sys.exit(str(error))
+    connect(options)
+    with leaving_nobody_waiting():
+        run(options)
+
+
+def prepare(options: Options) -> None:
+    """Refuse now what would fail later.
+
+    Raises:
+      ValueError: if a number is out of range.
+    """
+    lora_config(options)
+    names = ("data", "tensor", "learning_rate", "steps", "batch", "length", "save_every")
+    for name in (*names, "keep_last", "processes"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name} must be above 0, found {getattr(options, name)}")
+    if options.coordinator is None and options.processes > 1:
+        raise ValueError("processes needs coordinator, such as --coordinator localhost:9911")
+
+
+def lora_config(options: Options) -> rl.LoraConfig:
+    """Adapters on every linear layer, scaled by alpha/sqrt(rank)."""
+    return rl.LoraConfig(rank=options.rank, alpha=options.alpha)
+
+
+def connect(options: Options) -> None:
+    """Meet the other processes, if there are any."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if options.coordinator is not None:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process_id,
+            cluster_detection_method="deactivate",
+        )
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):
+            raise  # found a cluster, but not all about it
+
+
+@contextlib.contextmanager
+def leaving_nobody_waiting() -> Iterator[None]:
+    """An error ends this process at once: the others, which may wait for it, are then told."""
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, OSError | ValueError)
+        said = str(error) if expected else traceback.format_exc()
+        print(f"process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            os._exit(1)
+        sys.exit(1)
+
+
+def run(options: Options) -> None:
+    """Load, shard, adapt, and train from where an earlier run ended."""
+    mesh = mesh_of(options)
+    with jax.set_mesh(mesh):
+        say(f"{jax.process_count()} process(es), {mesh.size} device(s), mesh {dict(mesh.shape)}")
+        task = task_of(options)
+        trained = adapt(task, mesh, options)
+        train(task, trained, options)
+
+
+def say(text: object) -> None:
+    """Print it once, whatever the number of processes."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def mesh_of(options: Options) -> Mesh:
+    """All devices of all processes.
+
+    Raises:
+      ValueError: if the axes do not make up the devices, or the batch does not divide.
+    """
+    count = jax.device_count()
+    fsdp = options.fsdp or max(count // (options.data * options.tensor), 1)
+    sizes = (options.data, fsdp, options.tensor)
+    if np.prod(sizes) != count:
+        raise ValueError(
+            f"data * fsdp * tensor must be the {count} devices that there are, found "
+            f"{' * '.join(map(str, sizes))}"
+        )
+    if options.batch % (options.data * fsdp):
+        raise ValueError(
+            f"batch must be a multiple of data * fsdp = {options.data * fsdp}, found "
+            f"{options.batch}"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def task_of(options: Options) -> Task:
+    """The model and its text."""
+    tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
+    llama = functools.partial(
+        Llama,
+        dtype=jnp.bfloat16 if options.bfloat16 else jnp.float32,
+        remat=options.remat,
+        activations=ROWS,
+    )
+    if options.model == "smollm":
+        import smollm  # noqa: PLC0415  (its reader is needed for this model only)
+
+        sizes, variables, tokenizer = smollm.load()
+        table = texts.windows(tokenizer.encode(texts.reference()).ids, options.length)
+        return Task(llama(sizes), shapes(variables), functools.partial(place, variables), table)
+    model = llama(TINY)
+    init = functools.partial(model.init, jax.random.key(options.seed))
+    zeros = functools.partial(jnp.zeros, tokens.shape, tokens.dtype)
+    table = texts.windows(texts.as_bytes(texts.reference()), options.length)
+    return Task(
+        model,
+        jax.eval_shape(init, tokens),
+        lambda places: jax.jit(lambda: init(zeros()), out_shardings=places)(),
+        table,
+    )
+
+
+def shapes(tree: Any) -> Any:
+    """The tree with a ShapeDtypeStruct for each array."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def place(tree: Any, places: Any) -> Any:
+    """Arrays of the host as global ones: each device gets its shard, and no device all of it."""
+
+    def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, places)
+
+
+def adapt(task: Task, mesh: Mesh, options: Options) -> Trained:
+    """Base, adapters and optimizer state, each made where it is to lie."""
+    config, key = lora_config(options), jax.random.key(options.seed)
+    tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
+    params, apply, sites = rl.adapt(
+        task.model.apply, task.variables, tokens, config=config, key=key
+    )
+    paths = flatten(task.variables).paths
+    used = [pair for pair in SPECS if any(re.fullmatch(pair[0], path) for path in paths)]
+    places = shardings(mesh, params, sites, used)
+    tx = optax.adam(optax.warmup_constant_schedule(0.0, options.learning_rate, WARMUP))
+    lora, opt_state = init_sharded(key, sites, config, places.lora, tx)
+    order = {"seed": options.seed, "batch": options.batch, "text": zlib.crc32(task.table.tobytes())}
+    start = RunState(lora, opt_state, 0, key, order)
+    say(rl.describe(sites))
+    return Trained(task.make(places.base), start, sites, step_of(apply, tx, start, mesh))
+
+
+def step_of(
+    apply: Callable[..., Any], tx: optax.GradientTransformation, start: RunState, mesh: Mesh
+) -> Callable[..., Any]:
+    """One training step. The base is an argument; adapters and optimizer state are donated."""
+
+    def loss_fn(params: rl.LoraParams, rows: jax.Array) -> jax.Array:
+        logits = apply(params, rows[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+
+    stay = jax.tree.map(lambda leaf: leaf.sharding, (start.lora, start.opt_state))
+    everywhere = NamedSharding(mesh, P())
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2), out_shardings=(*stay, everywhere))
+    def step(base: Any, lora: Any, opt_state: Any, rows: jax.Array) -> tuple[Any, Any, jax.Array]:
+        loss, grads = rl.value_and_grad(loss_fn)(rl.LoraParams(base, lora), rows)
+        updates, opt_state = tx.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state, loss
+
+    return step
+
+
+def train(task: Task, trained: Trained, options: Options) -> None:
+    """Train up to `options.steps`, or to the step at which machines are taken away."""
+    rows = NamedSharding(jax.sharding.get_mesh(), ROWS)
+    with Preemption() as notice, open_runs(trained, options) as runs:
+        state = resume(runs, trained.start)
+        with Losses(options.output / "losses.jsonl", after=state.step) as log:
+            while state.step < options.steps and not notice.received:
+                chosen = texts.order(state.step, len(task.table), options.batch, options.seed)
+                batch = texts.read(task.table, chosen, rows)
+                state, loss = advance(trained, state, batch)
+                log.add(state.step, float(loss))
+                runs.save(state, {"loss": loss})
+                notice.reached(state.step)
+        runs.save(state, force=True)
+    ended = "done" if state.step >= options.steps else "stopped by a notice; run it again to go on"
+    say(f"step {state.step} is saved in {options.output}: {ended}")
+
+
+def advance(trained: Trained, state: RunState, batch: jax.Array) -> tuple[RunState, jax.Array]:
+    """One step on; the state that is given is used up."""
+    lora, opt_state, loss = trained.step(trained.base, state.lora, state.opt_state, batch)
+    return state._replace(lora=lora, opt_state=opt_state, step=state.step + 1), loss
+
+
+def open_runs(trained: Trained, options: Options) -> Runs:
+    """The checkpoints of this run; every process opens them."""
+    return Runs(
+        options.output,
+        trained.sites,
+        lora_config(options),
+        base=trained.base,
+        keep_last=options.keep_last,
+        save_every=options.save_every,
+    )
+
+
+def resume(runs: Runs, start: RunState) -> RunState:
+    """The newest complete step, straight to the shards of `start`, or `start` itself.
+
+    Raises:
+      ValueError: if it was trained on another order of another text.
+    """
+    if runs.latest() is None:
+        return start
+    state = runs.restore(start)
+    if state.data != start.data:
+        raise ValueError(
+            f"{runs.folder} was trained on {state.data}, found {start.data}. Use the flags of the "
+            "run, or another output."
+        )
+    say(f"going on from step {state.step}")
+    return state
+
+
+class Losses:
+    """The loss of every step, as lines of JSON that process 0 writes."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        """Opens the file, without the steps that a killed run did after its last checkpoint."""
+        self._file = None
+        if jax.process_index() == 0:
+            kept = [line for line in read_lines(path) if line["step"] <= after]
+            with whole_file(path) as temporary:
+                temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = path.open("a")
+
+    def __enter__(self) -> "Losses":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, step: int, loss: float) -> None:
+        """One step."""
+        say(f"step {step}  loss {loss:.4f}")
+        if self._file is not None:
+            print(json.dumps({"step": step, "loss": loss}), file=self._file, flush=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that are whole: the last one may be cut short where a process was killed."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+if __name__ == "__main__":
+    main()
