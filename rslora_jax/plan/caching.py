@@ -1,6 +1,7 @@
 """Caching: answers of the compiler on the disk, so that a second identical plan is instant.
 
-JAX's own compilation cache holds executables, which a process without a TPU cannot load back.
+JAX's own compilation cache does not serve: it writes the executable, and a process without a TPU
+cannot read it back ("PjRtCompiler must be constructed with a Client", jax 0.10.2 and 0.12.0).
 """
 
 import gzip

@@ -5,6 +5,7 @@ JAX alone. The folder that it is given holds ``order.json`` and ``program.bin``;
 ``answer.json``.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -90,12 +91,16 @@ def _ordered(devices: Any, shape: tuple[int, ...], num_slices: int) -> Any:
     if num_slices > 1:
         across[next(n for n, size in enumerate(shape) if size % num_slices == 0)] = num_slices
     within = [size // n for size, n in zip(shape, across, strict=True)]
-    try:
-        if num_slices > 1:
-            return mesh_utils.create_hybrid_device_mesh(within, across, devices.tolist())
-        return mesh_utils.create_device_mesh(shape, devices.tolist())
-    except (NotImplementedError, AssertionError, ValueError):
-        return devices.reshape(shape)
+    for split in (False, True):  # 32 x 8 on a torus of 16 x 16 must split an axis of it
+        with contextlib.suppress(NotImplementedError, AssertionError, ValueError):
+            if num_slices > 1:
+                return mesh_utils.create_hybrid_device_mesh(
+                    within, across, devices.tolist(), allow_split_physical_axes=split
+                )
+            return mesh_utils.create_device_mesh(
+                shape, devices.tolist(), allow_split_physical_axes=split
+            )
+    return devices.reshape(shape)
 
 
 def _sharding(mesh: Any, spec: list[list[str] | None]) -> Any:

@@ -72,7 +72,7 @@ def compile_program(
     """
     order = _order(program, found, mesh, options)
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    name = caching.key(program.digest, order, versions(), flags)
+    name = caching.key(program.digest, order, versions(), flags, CHILD.read_text())
     answer = caching.kept(cache, name) if cache else None
     if answer is not None:
         return {**answer, "cached": True}
