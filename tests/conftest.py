@@ -6,6 +6,9 @@ Most of the tests' time is spent compiling tiny programs, also those of single o
 import os
 from importlib.metadata import version
 
+# Also for the processes that tests start: with libtpu installed JAX would load it in each of them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 
 # XLA ends the process at a flag that it does not know: each release gets those it was seen to know.
