@@ -10,9 +10,9 @@ Collectives are read off the compiled programs, those in loops as often as they 
 The TPU compiler needs no TPU (`rslora_jax.plan`); it compiles in bfloat16, the CPU's in float32,
 to which it would turn the collectives anyway.
 
-Every array that is sent is told by its number of elements: 7 divides the rank and no other size
-of the model, batch and mesh. What a policy adds is the arrays that it sends more often than the
-frozen step; the arithmetic below each table is all of them.
+Every array that is sent is told by its number of elements: of all sizes of the model, batch and
+mesh, 7 divides the rank alone and 13 the length alone. What a policy adds is the arrays that it
+sends more often than the frozen step; the arithmetic below the totals is all of them.
 """
 
 import argparse
@@ -43,8 +43,8 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 from llama import SPECS, Llama, LlamaConfig
 
 FROZEN = "frozen base"
-MARK = 7
-"""The prime that divides the rank alone."""
+RANK, LENGTH = 7, 13
+"""The primes that divide the rank alone, and the length alone."""
 POLICIES: dict[str, Any] = {
     "inherit": "inherit",
     "without fsdp": sharding.Policy(without=("fsdp",)),
@@ -58,7 +58,7 @@ MESHES = (
     {"data": 2, "fsdp": 2, "tensor": 2},
 )
 TOPOLOGY = "v5e:2x4"
-SMALL = LlamaConfig(1280, 256, 704, 6, 8, 4, 48)
+SMALL = LlamaConfig(2560, 1024, 2816, 6, 16, 8, 96)
 LLAMA_8B = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128)
 
 
@@ -67,9 +67,9 @@ class Setting:
     """A model, a batch and a mesh with axes `fsdp` and `tensor`."""
 
     mesh: Mapping[str, int]
-    rank: int = 28
+    rank: int = 224
     batch: int = 32
-    length: int = 96
+    length: int = 104
     dtype: str = "float32"
     remat: bool = True
     model: LlamaConfig = SMALL
@@ -85,12 +85,13 @@ class Setting:
         return self.batch * self.length // spread
 
     def check(self) -> None:
-        """Refuses sizes by which the arrays of the rank could not be told."""
+        """Refuses sizes by which the arrays could not be told."""
         c = self.model
         sizes = (c.vocab_size, c.d_model, c.d_ff, c.layers, c.heads, c.kv_heads, c.head_dim)
-        others = (*sizes, self.batch, self.length, *self.mesh.values())
-        if self.rank % MARK or any(size % MARK == 0 for size in others):
-            raise ValueError(f"{MARK} must divide the rank, and none of the sizes {others}.")
+        others = (*sizes, self.batch, *self.mesh.values())
+        apart = self.rank % RANK == 0 and self.length % LENGTH == 0
+        if not apart or any(size % RANK == 0 or size % LENGTH == 0 for size in others):
+            raise ValueError(f"{RANK} must divide the rank, {LENGTH} the length, none {others}.")
 
 
 class Way(NamedTuple):
@@ -210,9 +211,19 @@ class Sent(NamedTuple):
         return {"bf16": 2, "pred": 1}.get(self.dtype, 4)
 
     @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.elements * self.itemsize
+
+    @property
     def of_rank(self) -> bool:
         """Whether the rank is among its sizes."""
-        return self.elements % MARK == 0
+        return self.elements % RANK == 0
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the tokens are among its sizes."""
+        return self.elements % LENGTH == 0
 
 
 def sent(found: Iterable[Collective], mesh: Mapping[str, int]) -> Counter[Sent]:
@@ -249,29 +260,31 @@ def _groups(mesh: Mapping[str, int]) -> dict[tuple[int, ...], str]:
 
 
 class Known(NamedTuple):
-    """The number of elements of every array that may be met, whole or as a shard."""
+    """Names by the number of elements, whole or as a shard, of one layer and of all."""
 
     weights: dict[int, str]
     factors: dict[int, str]
-    activations: dict[int, str]
 
 
 def known(setting: Setting) -> Known:
-    """Weights and factors of one layer and of all, and activations of the rank."""
+    """The weights and the factors of the model."""
     setting.check()
-    mesh = AbstractMesh(tuple(setting.mesh.values()), tuple(setting.mesh))
+    mesh = _abstract(setting.mesh)
     model, base, tokens = _model(setting, mesh)
     sites: Sites = _adapted(setting, mesh, model, base, tokens).sites
-    found = Known({}, {}, {})
+    found = Known({}, {})
     for path, leaf in zip(flatten(base).paths, flatten(base).leaves, strict=True):
         if path.endswith(("kernel", "embedding")):
             _shards(setting, found.weights, leaf.shape, _short(path))
     for site in sites:
         for letter, shape in zip("ab", site.factor_shapes, strict=True):
             _shards(setting, found.factors, shape, f"{letter} of {_short(site.path)}")
-    for count in {1, *setting.mesh.values()}:  # the rank may be split
-        found.activations[setting.tokens * setting.rank // count] = "tokens x rank"
     return found
+
+
+def _abstract(mesh: Mapping[str, int]) -> AbstractMesh:
+    types = (AxisType.Auto,) * len(mesh)
+    return AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=types)
 
 
 def _short(path: str) -> str:
@@ -294,35 +307,40 @@ def explain(more: Mapping[Sent, int], things: Known) -> Table:
         {
             "kind": key.kind,
             "along": key.along,
-            "what": _what(key, things),
+            "what": what(key, things),
             "count": count,
             "elements": key.elements,
             "dtype": key.dtype,
-            "bytes": count * key.elements * key.itemsize,
+            "bytes": count * key.size,
         }
         for key, count in sorted(more.items(), key=lambda item: (item[1] < 0, item[0]))
     )
 
 
-def _what(key: Sent, things: Known) -> str:
-    if not key.of_rank:
-        return things.weights.get(key.elements, "other")
-    return things.activations.get(key.elements) or things.factors.get(key.elements, "unexplained")
+def what(key: Sent, things: Known) -> str:
+    """What an array is, by its number of elements."""
+    if key.of_tokens:
+        return "tokens x rank" if key.of_rank else "tokens"
+    named = things.factors if key.of_rank else things.weights
+    return named.get(key.elements, "other")
 
 
 def on_weights(more: Mapping[Sent, int], things: Known) -> list[Sent]:
     """The arrays of a base weight's size that are moved more often than in the frozen step."""
-    return [key for key, n in more.items() if n > 0 and key.elements in things.weights]
-
-
-def unexplained(more: Mapping[Sent, int], things: Known) -> int:
-    """Bytes of what is moved more often, that neither factors nor rank-r activations are."""
-    strange = (
+    return [
         key
-        for key in more
-        if not (key.of_rank and (key.elements in things.factors | things.activations))
-    )
-    return sum(max(0, more[key]) * key.elements * key.itemsize for key in strange)
+        for key, count in more.items()
+        if count > 0 and key.elements in things.weights and not key.of_tokens
+    ]
+
+
+def unexplained(more: Mapping[Sent, int], things: Known) -> list[Sent]:
+    """What is moved more often and is no factor and no activation of the rank."""
+    return [
+        key
+        for key, count in more.items()
+        if count > 0 and not (key.of_rank and what(key, things) != "other")
+    ]
 
 
 # The report.
@@ -339,7 +357,7 @@ def totals(programs: Mapping[str, str]) -> Table:
 def memory(mesh: Mapping[str, int], config: LlamaConfig, rank: int) -> Table:
     """Bytes of one device for float32 factors, their gradients and Adam's two moments."""
     setting = Setting(mesh, rank, batch=256, length=2048, model=config)
-    abstract = AbstractMesh(tuple(mesh.values()), tuple(mesh))
+    abstract = _abstract(mesh)
     model, base, tokens = _model(setting, abstract)
     params, _, sites = _adapted(setting, abstract, model, base, tokens)
     rows = []
@@ -359,12 +377,12 @@ def report(setting: Setting, programs: Mapping[str, str]) -> None:
     frozen = counted.pop(FROZEN)
     for name, ours in counted.items():
         more = added(ours, frozen)
-        bytes_more = sum(n * key.elements * key.itemsize for key, n in more.items())
+        bytes_more = sum(count * key.size for key, count in more.items())
         print(f"{name}: {bytes_more:+,} bytes")
         print(explain(more, things))
-        found = on_weights(more, things)
-        print(f"added on arrays of a base weight's size: {found or 'nothing'}")
-        print(f"added and not explained: {unexplained(more, things)} bytes", end="\n\n")
+        print(f"added on arrays of a base weight's size: {on_weights(more, things) or 'nothing'}")
+        rest = unexplained(more, things)
+        print(f"neither factors nor activations of the rank: {rest or 'nothing'}", end="\n\n")
 
 
 def main() -> None:
@@ -372,15 +390,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--compiler", choices=("cpu", "tpu"), default="cpu")
     parser.add_argument("--mesh", action="append", help="such as fsdp=4,tensor=2")
+    parser.add_argument("--policy", action="append", choices=POLICIES)
     parser.add_argument("--no-remat", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     meshes = [_mesh(text) for text in options.mesh or ()] or MESHES
+    programs = by_cpu if options.compiler == "cpu" else by_tpu
     for mesh in meshes:
         dtype = "float32" if options.compiler == "cpu" else "bfloat16"
         setting = Setting(mesh, dtype=dtype, remat=not options.no_remat)
         print(f"jax {jax.__version__}, {options.compiler}, {setting}", end="\n\n")
-        report(setting, (by_cpu if options.compiler == "cpu" else by_tpu)(setting))
+        report(setting, programs(setting, options.policy or POLICIES))
     print("Llama 3.1 8B, rank 64, fsdp 32 x tensor 8, per device: float32 factors;")
     print("with their gradients and Adam's moments (x 4)")
     print(memory({"fsdp": 32, "tensor": 8}, LLAMA_8B, 64))
