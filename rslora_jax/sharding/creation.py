@@ -92,7 +92,7 @@ def initializer(
 
 def _loose(key: jax.Array) -> jax.Array:
     """The key off its mesh or device: draws of a key on Explicit axes would be whole arrays."""
-    data = np.asarray(jax.random.key_data(key))
+    data: Any = np.asarray(jax.random.key_data(key))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
 

@@ -80,8 +80,9 @@ def shard(
 ) -> LoraParams:
     """Puts base and factors where `shardings` says.
 
-    Nothing is donated: `params` stays usable, and an array that lies there already is handed
-    on without a copy. Structs get the sharding attached, and nothing is computed.
+    Nothing is donated: `params` stays usable, also after the result was donated to a step. Only
+    what lies there already is handed on, not copied; donating that donates it in `params` too.
+    Structs get the sharding attached, and nothing is computed.
 
     Args:
       params: base and factors, concrete or abstract.
@@ -157,7 +158,18 @@ def _memory_kind(leaf: Any) -> str | None:
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(sharding=sharding)
-    return jax.device_put(leaf, sharding)
+    return jax.device_put(leaf.copy() if _would_share(leaf, sharding) else leaf, sharding)
+
+
+def _would_share(leaf: Any, sharding: NamedSharding) -> bool:
+    """Whether the whole leaf would be one of the copies that are placed; JAX copies it not again.
+
+    Donating those would delete `leaf`, and ``device_put(..., may_alias=False)`` does not help.
+    """
+    if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) > 1:
+        return False
+    there = leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return sharding.is_fully_replicated and not there
 
 
 def _params(params: Any) -> LoraParams:
