@@ -35,6 +35,8 @@ __all__ = ["logits", "loss", "structs"]
 
 Tree: TypeAlias = Mapping[str, Any]
 
+INTO, OUT_OF = (None, TENSOR), (TENSOR, None)  # how a matrix is split while it is used
+
 
 def structs(model: Model, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     """The parameter tree of a model, as `jax.ShapeDtypeStruct`s.
@@ -134,8 +136,9 @@ def _layer(model: Model, layout: Layout, layer: Tree, x: jax.Array, angles: jax.
     x = x + _attend(model, layout, layer["self_attn"], seen, angles)
     seen = pin(_norm(model, layer["post_attention_layernorm"], x), BATCH, SEQUENCE, None)
     mlp = layer["mlp"]
-    hidden = jax.nn.silu(_linear(mlp["gate_proj"], seen)) * _linear(mlp["up_proj"], seen)
-    return x + _linear(mlp["down_proj"], pin(hidden, BATCH, SEQUENCE, TENSOR))
+    gate, up = (_linear(mlp[name], seen, *INTO) for name in ("gate_proj", "up_proj"))
+    hidden = pin(jax.nn.silu(gate) * up, BATCH, SEQUENCE, TENSOR)
+    return x + _linear(mlp["down_proj"], hidden, *OUT_OF)
 
 
 def _attend(
@@ -151,7 +154,7 @@ def _attend(
     at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     mixed = by_block(jax.checkpoint(partial(_mix, model, k, v)), layout, q, at)
     mixed = joined(mixed).reshape(*x.shape[:2], model.heads * model.head_dim)
-    return _linear(layer["o_proj"], pin(mixed, BATCH, SEQUENCE, TENSOR))
+    return _linear(layer["o_proj"], pin(mixed, BATCH, SEQUENCE, TENSOR), *OUT_OF)
 
 
 def _mix(model: Model, k: jax.Array, v: jax.Array, q: jax.Array, at: jax.Array) -> jax.Array:
@@ -164,7 +167,7 @@ def _mix(model: Model, k: jax.Array, v: jax.Array, q: jax.Array, at: jax.Array) 
 
 
 def _heads(model: Model, layer: Tree, name: str, x: jax.Array) -> jax.Array:
-    return _linear(layer[f"{name}_proj"], x).reshape(*x.shape[:2], -1, model.head_dim)
+    return _linear(layer[f"{name}_proj"], x, *INTO).reshape(*x.shape[:2], -1, model.head_dim)
 
 
 def _normed(model: Model, layer: Tree, name: str, x: jax.Array) -> jax.Array:
@@ -178,8 +181,9 @@ def _copies(model: Model) -> int:
     return model.heads // model.kv_heads if spare else 1
 
 
-def _linear(layer: Tree, x: jax.Array) -> jax.Array:
-    y = x @ layer["kernel"].astype(x.dtype)
+def _linear(layer: Tree, x: jax.Array, *split: str | None) -> jax.Array:
+    # Gathered over fsdp as a whole: XLA would take the product apart into one for each piece.
+    y = x @ pin(layer["kernel"].astype(x.dtype), *split)
     return y + layer["bias"].astype(x.dtype) if "bias" in layer else y
 
 
