@@ -70,6 +70,16 @@ def test_a_base_on_one_device_is_replicated_with_its_factors(mesh):
     )
 
 
+def test_a_weight_that_is_kept_in_the_hosts_memory_stays_there():
+    params, _, sites = adapted()
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    host = NamedSharding(mesh, P("fsdp", "tensor"), memory_kind="pinned_host")
+    base = {**params.base, "w": jax.device_put(params.base["w"], host)}
+    found = shard(params._replace(base=base), mesh, sites)
+    kinds = {x.sharding.memory_kind for x in (*jax.tree.leaves(found.lora), found.base["bias"])}
+    assert (found.base["w"].sharding, kinds) == (host, {"device"})
+
+
 def test_structs_get_the_shardings_attached(mesh):
     params, _, sites = adapted()
     found = shard(abstract(params), mesh, sites, SPECS)

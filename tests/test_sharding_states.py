@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rl
+from rslora_jax.factors import init
 from rslora_jax.paths import AdapterError, flatten
 from rslora_jax.sharding import Policy, init_sharded, optimizer_shardings, shardings, specs
 from rslora_jax.sharding.creation import initializer
@@ -169,17 +170,17 @@ def model(p, x):
 
 
 @functools.cache
-def adapted(init="kaiming"):
+def adapted(start="kaiming"):
     base = {"layers": {"w": jnp.zeros((3, 16, 8))}, "v": jnp.zeros((16, 8))}
-    config = rl.LoraConfig(rank=8, targets=".*", init=init)
+    config = rl.LoraConfig(rank=8, targets=".*", init=start)
     x = jnp.ones((3, 2, 16))
     return config, rl.adapt(model, base, x, config=config, key=KEY)
 
 
-@pytest.mark.parametrize("init", ["kaiming", "normal"])
+@pytest.mark.parametrize("start", ["kaiming", "normal"])
 @pytest.mark.parametrize("sizes", [(1, 1), (4, 2)])
-def test_created_factors_have_the_bits_that_adapt_gives_them(init, sizes):
-    config, (params, _, sites) = adapted(init)
+def test_created_factors_have_the_bits_that_adapt_gives_them(start, sizes):
+    config, (params, _, sites) = adapted(start)
     places = shardings(mesh_of(AUTO, sizes), params, sites, SPECS)
     lora, state = init_sharded(KEY, sites, config, places.lora)
     assert state is None
@@ -206,6 +207,13 @@ def test_a_key_on_another_device_serves_too():
     places = shardings(mesh_of(AUTO), params, sites, SPECS)
     key = jax.device_put(KEY, jax.devices()[3])
     assert bits(init_sharded(key, sites, config, places.lora)[0]) == bits(params.lora)
+
+
+def test_keys_of_another_generator_give_the_bits_that_adapt_gives_too():
+    config, (params, _, sites) = adapted()
+    places = shardings(mesh_of(AUTO), params, sites, SPECS)
+    key = jax.random.key(7, impl="rbg")
+    assert bits(init_sharded(key, sites, config, places.lora)[0]) == bits(init(key, sites, config))
 
 
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])

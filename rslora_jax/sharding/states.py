@@ -42,7 +42,8 @@ def optimizer_shardings(
       Shazeer and Stern 2018, arXiv 1804.04235, whose rows lack the largest axis);
     - None for axes in front of the factor's (the histories of L-BFGS).
 
-    Everything else is on every device: counts, hyperparameters, placeholders, records.
+    Everything else is on every device: counts, hyperparameters, placeholders, records, and
+    what a transform keeps in a structure of its own (`optax.flatten`).
 
     Args:
       tx: any Optax transform.
