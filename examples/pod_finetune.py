@@ -14,6 +14,11 @@ had, on any number of processes and devices. SIGTERM, the notice that machines w
 away, makes all processes save the same step and exit cleanly.
 """
 
+from session import exit_on_interrupt
+
+if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line from the start
+    exit_on_interrupt("Interrupted: run it again to go on from the newest checkpoint.")
+
 import contextlib
 import dataclasses
 import functools
