@@ -106,8 +106,10 @@ def test_bad_input_is_one_line_before_anything_is_compiled(config, capsys, flags
 def test_what_does_not_fit_is_said_with_the_change_that_does(config, tmp_path, capsys, monkeypatch):
     def compile_step(step, args, *, name, **kwargs):
         batch = args[-1][0].shape[0]
-        return reckoned(batch * (2 if name == "full" else 0.5), batch, name=name)
+        asked.append(name)
+        return reckoned(batch * (0.5 if name == "frozen base" else 2), batch, name=name)
 
+    asked = []
     monkeypatch.setattr(command, "compile_step", compile_step)
     flags = ["--model", config, "--mesh", "fsdp=4", "--topology", "v5e:2x2", "--batch", 16]
     file = tmp_path / "plan.json"
@@ -115,7 +117,10 @@ def test_what_does_not_fit_is_said_with_the_change_that_does(config, tmp_path, c
     out = capsys.readouterr().out
     assert "full does not fit: it needs 32.00 GiB and has 16.00, which is 16.00 too few." in out
     assert "full: the nearest change that fits is batch 8: 16.00 GiB." in out
-    assert "LoRA r=4: what else was tried, the best first" in out
+    assert "LoRA r=4: what was tried, the best first" in out
+    assert "LoRA r=4: the nearest change that fits is batch 8: 16.00 GiB." in out
+    # The four that were asked for, five changes at r=4, and three each at r=8 and in full.
+    assert out.count("The compiler was asked 5 times more.") == 1 and len(asked) == 4 + 5 + 3 + 3
     told = json.loads(file.read_text())
     assert [one["name"] for one in told["plans"]] == ["frozen base", "LoRA r=4", "LoRA r=8", "full"]
     assert told["advice"]["full"][0]["plan"]["need"] == 16 * GIB

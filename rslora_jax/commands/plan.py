@@ -1,5 +1,6 @@
 """Plan: the command that asks the TPU compiler whether a fine-tune fits, and what it costs."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,27 +146,38 @@ def _saying(report: Any, done: int, total: int, what: str) -> Callable[[str, flo
 def _advised(
     ask: _Asker, run: Run, makers: _Makers, plans: Sequence[Plan]
 ) -> dict[str, tuple[Advice, ...]]:
-    """Ranks what is tried for the first adapter (or what there is), and mends what does not fit."""
-    names = list(makers)
-    first = next((name for name in names if name.startswith("LoRA")), names[0])
-    tried = {}
-    with progress("advise") as report:
-        tried[first] = advice.advise(run, _planner(ask, makers[first], first, report))
-    show(advice.ranking(tried[first]), f"{first}: what else was tried, the best first")
-    for name, one in zip(names, plans, strict=True):
-        if one.fits or name == first:
+    """Ranks runs near the one asked for by the first adapter; mends what does not fit."""
+    first = next((name for name in makers if name.startswith("LoRA")), next(iter(makers)))
+    tried: dict[str, tuple[Advice, ...]] = {}
+    for (name, make), asked in zip(makers.items(), plans, strict=True):
+        # Where the frozen base does not fit no adapter does, and its mending mends both.
+        if name != first and (asked.fits or make is training.frozen):
             continue
         with progress("advise") as report:
-            found = advice.nearest_fit(run, one, _planner(ask, makers[name], name, report))
-        tried[name] = (found,) if found else ()
-        print(f"{name}: {change(found)}\n")
+            planner = _planner(ask, make, (run, asked), report)
+            if name == first:
+                tried[name] = advice.advise(run, planner)
+            else:
+                found = advice.nearest_fit(run, asked, planner)
+                tried[name] = (found,) if found else ()
+        if name == first:
+            note = f"The compiler was asked {len(tried[name]) - 1} times more."
+            show(advice.ranking(tried[name]), f"{name}: what was tried, the best first", note)
+        if not asked.fits:
+            print(f"{name}: {change(next((one for one in tried[name] if one.fits), None))}\n")
     return tried
 
 
 def _planner(
-    ask: _Asker, make: Callable[[Run], Variant], name: str, report: Any
+    ask: _Asker, make: Callable[[Run], Variant], known: tuple[Run, Plan], report: Any
 ) -> Callable[[str, Run], Plan]:
+    turns = itertools.count(1)
+
     def planner(what: str, run: Run) -> Plan:
-        return ask(make(run), run, _saying(report, 0, 1, f"{name}, {what}"))
+        if run == known[0]:
+            return known[1]
+        variant = make(run)
+        told = f"{variant.name}, compilation {next(turns)}, {what}"
+        return ask(variant, run, _saying(report, 0, 1, told))
 
     return planner
