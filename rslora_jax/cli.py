@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rslora_jax.commands.adapters import combine, convert, inspect, merge
 from rslora_jax.commands.measure import spectrum, stability, walkthrough
+from rslora_jax.commands.plan import plan
 from rslora_jax.extras import extra
 from rslora_jax.paths import AdapterError
 from rslora_jax.terminal import INSTALL
@@ -14,17 +15,18 @@ __all__ = ["COMMANDS", "main"]
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the last two as a shell reports the signals
 
-DESCRIPTION = """Measure rank-stabilized LoRA, and take adapters from tool to tool.
+DESCRIPTION = """Measure rank-stabilized LoRA, take adapters from tool to tool, plan runs on TPUs.
 
 Start with `rslora walkthrough`: it needs no model and no data, and shows in seconds what the
 scale does and what it does not. `inspect`, `convert`, `merge` and `combine` work on folders with
-adapters, this library's and PEFT's. `rslora COMMAND --help` explains a command.
+adapters, this library's and PEFT's. `plan` asks the TPU compiler whether a fine-tune fits, with
+no TPU at hand. `rslora COMMAND --help` explains a command.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what to do), 130 interrupted."""
 
 
 # To add a command, write a function with annotated arguments in `commands` and put it here.
-COMMANDS = (walkthrough, stability, spectrum, inspect, convert, merge, combine)
+COMMANDS = (walkthrough, stability, spectrum, inspect, convert, merge, combine, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
