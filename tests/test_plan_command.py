@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rslora_jax import cli, sharding
+from rslora_jax import cli
 from rslora_jax.commands import plan as command
 from rslora_jax.paths import AdapterError, flatten
 from rslora_jax.plan import advice, llama, training
@@ -25,12 +25,6 @@ TINY = Model("tiny", 256, 128, 256, 2, 4, 2, 32)
 MESH = {"fsdp": 2, "tensor": 2}
 RUN = training.Run(TINY, MESH, 4, 64)
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def commands(monkeypatch):
-    if command.plan not in cli.COMMANDS:
-        monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, command.plan))
 
 
 @pytest.fixture
@@ -199,7 +193,6 @@ def test_factors_lie_as_the_library_puts_them_and_moments_as_their_factors():
             leaf.sharding for leaf in jax.tree.leaves(lora)
         ]
     assert adam.count.sharding.spec == PartitionSpec()
-    assert sharding.DEFAULT
 
 
 def test_axes_that_the_mesh_lacks_are_left_off():

@@ -16,7 +16,7 @@ __all__ = ["change", "print_plans", "write_plans"]
 
 GIB = 2**30
 ORDER = ("fits", "peak GiB", "spare GiB", "base GiB", "lora GiB", "optimizer GiB", "batch GiB")
-SHARED = ("step", "topology", "mesh")  # columns that are the title's or the header's here
+SHARED = ("step", "topology", "mesh", "dx GiB")  # the title's, the header's, and one vector
 
 
 def print_plans(run: Run, plans: Sequence[Plan]) -> None:
@@ -27,7 +27,7 @@ def print_plans(run: Run, plans: Sequence[Plan]) -> None:
     show(_beside(compare(plans)), title, "\n".join(map(_verdict, plans)))
     traffic = _traffic(plans)
     if traffic.rows:
-        show(traffic, "Collectives of a step: how many, and GB that a device sends")
+        show(traffic, "Collectives of a step: how many / GB that a device sends")
     unknown = dict.fromkeys(what for one in plans for what in one.unknown)
     if unknown:
         print(f"Not counted: {'; '.join(unknown)}.\n")
@@ -62,7 +62,7 @@ def _traffic(plans: Sequence[Plan]) -> Table:
 def _sent(one: Plan, kind: str) -> str:
     found = [each for each in one.collectives if each.kind == kind]
     sent = sum(each.wire_bytes for each in found) / 1e9
-    return f"{sum(each.count for each in found)}, {sent:.3g} GB" if found else ""
+    return f"{sum(each.count for each in found)} / {sent:.3g}" if found else ""
 
 
 def change(found: Advice | None) -> str:
