@@ -16,6 +16,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from rslora_jax.factors import Factor
+from rslora_jax.placements import enter, shard_maps
 from rslora_jax.tracing import Held, Walk, bind, evaluate, open_jaxpr, scan_counts, settle
 
 __all__ = ["CONTROL"]
@@ -36,7 +37,7 @@ def _jit(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -
     if walk.record is not None:  # while discovering each call is looked into by itself
         return _inline(walk, eqn, args, needed)
     shardings = (eqn.params["in_shardings"], eqn.params["out_shardings"])
-    memo_key = (id(eqn.params["jaxpr"]), needed, shardings)
+    memo_key = (id(eqn.params["jaxpr"]), needed, shardings, *map(id, shard_maps(walk)))
     if memo_key not in walk.memo:
         walk.memo[memo_key] = _jitted(walk, eqn, needed)
     return walk.memo[memo_key](*args)
@@ -201,7 +202,7 @@ def _without_leading(labels: tuple[int, ...]) -> tuple[int, ...]:
 
 def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
     params = eqn.params
-    args = [_enter(arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True)]
+    args = [_enter(eqn, arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True)]
     inner = _call(walk, eqn, needed, "jaxpr")
 
     def body(*operands: Any) -> list[Any]:
@@ -218,14 +219,16 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, .
     )(*args)
 
 
-def _enter(arg: Any, spec: Any) -> Any:
+def _enter(eqn: JaxprEqn, arg: Any, spec: Any) -> Any:
     """Taps stay outside where a shard holds a part of the inputs: its outputs are partial."""
-    if not isinstance(arg, Held) or len(arg.factors) < 3:
+    if not isinstance(arg, Held):
         return arg
-    a, _, sums, *_ = arg.factors
-    entries = dict(enumerate(spec))
-    split = any(entries.get(n) for n in a.labels if n not in sums.labels)
-    return dataclasses.replace(arg, factors=arg.factors[:2]) if split else arg
+    if len(arg.factors) > 2:
+        a, _, sums, *_ = arg.factors
+        parts = dict(enumerate(spec))
+        split = any(parts.get(n) for n in a.labels if n not in sums.labels)
+        arg = dataclasses.replace(arg, factors=arg.factors[:2]) if split else arg
+    return enter(eqn, arg, spec)
 
 
 def _spec(arg: Any, spec: Any) -> Any:

@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor
+from rslora_jax.meshes import along, automatic
+from rslora_jax.placements import cut_by_index
 from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
 
 __all__ = ["MOVES"]
@@ -207,7 +207,9 @@ def _dynamic_slice(walk: Walk, eqn: Any, held: Any, *starts: Any) -> Held:
         return Factor(lax.dynamic_slice(factor.array, begin, size), factor.labels)
 
     moved = _move(held, _one(eqn, held.base, *starts), held.view, act)
-    return replace(moved, rows=held.rows | _row_axes(held, sizes))
+    moved = replace(moved, rows=held.rows | _row_axes(held, sizes))
+    cut = [k for k, n in enumerate(sizes) if n != held.base.shape[k]]
+    return cut_by_index(walk, moved, cut, [starts[k] for k in cut])
 
 
 def _row_axes(held: Held, sizes: Sequence[int]) -> frozenset[int]:
@@ -270,23 +272,6 @@ def _barrier(walk: Walk, eqn: Any, *operands: Any) -> list[Any]:
     return list(lax.optimization_barrier(operands))
 
 
-def _constraint(walk: Walk, eqn: Any, held: Held) -> Held:
-    """The factors take their own axes' part of the weight's sharding."""
-
-    def act(factor: Factor) -> Factor:
-        sharding = eqn.params.get("sharding", eqn.params.get("dst_sharding"))
-        if not isinstance(sharding, NamedSharding):
-            return factor
-        entries = dict(enumerate(sharding.spec))
-        spec = PartitionSpec(*(entries.get(n) for n in factor.labels))
-        place = NamedSharding(sharding.mesh, spec)
-        if eqn.primitive.name == "reshard":
-            return Factor(jax.sharding.reshard(factor.array, place), factor.labels)
-        return Factor(lax.with_sharding_constraint(factor.array, place), factor.labels)
-
-    return _move(held, _one(eqn, held.base), held.view, act)
-
-
 def _gather(walk: Walk, eqn: Any, held: Any, indices: Any) -> Any:
     """Rows picked along one axis: an embedding lookup, or experts chosen per token."""
     if isinstance(indices, Held):
@@ -299,7 +284,8 @@ def _gather(walk: Walk, eqn: Any, held: Any, indices: Any) -> Any:
     for old, place in new.items():
         view[place] = held.view[old]
     rows = partial(_pick, eqn=eqn, indices=indices, axis=axis, places=places, new=new)
-    moved = _move(held, base, view, rows)
+    cuts = cut_by_index(walk, held, [axis], [indices]).cuts
+    moved = replace(_move(held, base, view, rows), cuts=cuts)
     if held.factors:
         stacked = all(axis in factor.labels for factor in held.factors)
         if stacked:
@@ -341,9 +327,20 @@ def _pick(
     sizes = [1 if k == at else n for k, n in enumerate(factor.array.shape)]
     names = ("unique_indices", "indices_are_sorted", "mode", "fill_value")
     options = {name: eqn.params[name] for name in names}
-    array = lax.gather(factor.array, indices, numbers, sizes, **options)
-    rest = tuple(factor.labels[k] for k in kept)
-    return Factor(array, (*places, *(n if n == RANK else new[n] for n in rest)))
+    rest = [factor.labels[k] for k in kept]
+    labels = (*places, *(n if n == RANK else new[n] for n in rest))
+    gather = partial(lax.gather, dimension_numbers=numbers, slice_sizes=sizes, **options)
+    place = along(labels, _beside(factor, indices, places, new, axis))
+    return Factor(automatic(gather, factor.array, indices, out=place), labels)
+
+
+def _beside(
+    factor: Factor, indices: Any, places: tuple[int, ...], new: Mapping[int, int], axis: int
+) -> tuple[Factor, Factor]:
+    """The indices and a factor under the labels that the picked rows have."""
+    nowhere = -2
+    renamed = (nowhere if n == axis else n if n == RANK else new[n] for n in factor.labels)
+    return Factor(indices, (*places, nowhere)), Factor(factor.array, tuple(renamed))
 
 
 def _picked(walk: Walk, eqn: Any, held: Held, moved: Held, axis: int) -> Any:
@@ -374,7 +371,5 @@ MOVES: Mapping[str, Callable[..., Any]] = {
     "unstack": _unstack,
     "rev": _reverse,
     "optimization_barrier": _barrier,
-    "sharding_constraint": _constraint,
-    "reshard": _constraint,
     "gather": _gather,
 }

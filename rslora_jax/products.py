@@ -223,28 +223,24 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
     options = {name: params[name] for name in names}
     preferred = params["preferred_element_type"]
+    # The channel axis of `thin` holds the rank: contract it with the second factor.
+    channel, axes = spec.out_spec[1], range(base.ndim)
+    labels = tuple(RANK if k == channel else held.base.ndim + k for k in axes)
+    beside = Factor(base, tuple(out_axis if n == RANK else n for n in labels))
     thin = lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
         dimension_numbers=spec,
         preferred_element_type=preferred,
+        out_sharding=along(labels, (beside, first)),
         **options,
     )
-    # The channel axis of `thin` holds the rank: contract it with the second factor.
-    channel = spec.out_spec[1]
-    labels = tuple(RANK if k == channel else held.base.ndim + k for k in range(thin.ndim))
-    out = tuple(out_axis if k == channel else n for k, n in enumerate(labels))
     wide = jnp.promote_types(thin.dtype, jnp.float32)
     scaled = Factor((thin.astype(wide) * held.scale).astype(thin.dtype), labels)
-    product = contract(
-        scaled,
-        second,
-        keep=set(out),
-        dot=_like(params["precision"], preferred, x.dtype),
-        sides=(Factor(base, out),),
-    )
-    added = _arrange(product, Factor(base, out)).astype(base.dtype)
-    return base + watch_output(Factor(added, out), base, taps)
+    dot = _like(params["precision"], preferred, x.dtype)
+    product = contract(scaled, second, keep={*beside.labels}, dot=dot, sides=(beside,))
+    added = _arrange(product, beside).astype(base.dtype)
+    return base + watch_output(Factor(added, beside.labels), base, taps)
 
 
 def _refuse_grown(held: Held) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rslora_jax.control import CONTROL
 from rslora_jax.moves import MOVES
+from rslora_jax.placements import PLACEMENTS
 from rslora_jax.products import PRODUCTS, whole
 from rslora_jax.tracing import Walk
 
@@ -16,4 +17,4 @@ __all__ = ["new_walk"]
 
 def new_walk(record: Callable[..., str] | None = None) -> Walk:
     """A walk with every rule; `record` hears of each use while discovering."""
-    return Walk({**MOVES, **PRODUCTS}, CONTROL, whole, record)
+    return Walk({**MOVES, **PLACEMENTS, **PRODUCTS}, CONTROL, whole, record)

@@ -15,7 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from rslora_jax.factors import Factor
 from rslora_jax.paths import AdapterError
 
 __all__ = [
+    "Cut",
     "Held",
     "Unsupported",
     "Walk",
@@ -36,6 +37,7 @@ __all__ = [
     "open_jaxpr",
     "scan_counts",
     "settle",
+    "varying",
     "where",
 ]
 
@@ -47,6 +49,20 @@ FOREIGN = ("jax", "jaxlib", "flax", "haiku", "equinox", "rslora_jax")
 
 class Unsupported(Exception):
     """Raised by a rule: this use has no low-rank form, for the reason given."""
+
+
+class Cut(NamedTuple):
+    """A weight that differs from device to device inside a shard_map.
+
+    Attributes:
+      name: the mesh axis that the devices lie along.
+      view: the axes of the weight that are shared out among them.
+      owners: which of the factors differ, by position.
+    """
+
+    name: str
+    view: frozenset[int]
+    owners: frozenset[int]
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +79,7 @@ class Held:
       merge: form the whole weight for a use that has no low-rank form.
       rows: the axes of the weight that rows were picked along, where the result may be an
         activation; empty for a weight.
+      cuts: the mesh axes that cut it, inside a shard_map.
     """
 
     base: Any
@@ -72,6 +89,7 @@ class Held:
     scale: float = dataclasses.field(metadata={"static": True}, default=1.0)
     merge: bool = dataclasses.field(metadata={"static": True}, default=False)
     rows: frozenset[int] = dataclasses.field(metadata={"static": True}, default=frozenset())
+    cuts: tuple[Cut, ...] = dataclasses.field(metadata={"static": True}, default=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +184,13 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def varying(value: Any) -> frozenset[str]:
+    """The manual mesh axes along which a value may differ, as shard_map(check_vma=True) knows."""
+    aval = jax.typeof(value)
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 def where(walk: Walk, eqn: JaxprEqn) -> str:
