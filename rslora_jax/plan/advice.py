@@ -59,6 +59,15 @@ def advise(run: Run, planner: Planner, most: int = 6) -> tuple[Advice, ...]:
 
     Returns:
       What was tried, the best first: those that fit, by their roofline time for a sequence.
+
+    Example:
+      >>> from rslora_jax.plan.models import find_model
+      >>> def planner(what, run):
+      ...     seconds = {"compute": 3.0 if run.layout.remat == "full" else 2.0}
+      ...     return Plan("LoRA", "v5e:2x2", 1, run.mesh, True, 8, 16, {}, seconds=seconds)
+      >>> tried = advise(Run(find_model("smollm2-360m"), {"fsdp": 4}, 8, 2048), planner)
+      >>> [one.change for one in tried]
+      ['remat dots', 'remat none', 'as asked']
     """
     tried = []
     for change, other in alternatives(run)[:most]:
@@ -81,6 +90,15 @@ def nearest_fit(run: Run, plan: Plan, planner: Planner, most: int = 6) -> Advice
 
     Returns:
       The first that fits; None if none of those tried does.
+
+    Example:
+      >>> from rslora_jax.plan.models import find_model
+      >>> def planner(what, run):
+      ...     fits = run.batch <= 16
+      ...     return Plan("LoRA", "v5e:2x2", 1, run.mesh, fits, run.batch, 16, {})
+      >>> run = Run(find_model("smollm2-360m"), {"fsdp": 4}, 32, 2048)
+      >>> nearest_fit(run, planner("as asked", run), planner).change
+      'batch 16'
     """
     tried = _until_fit(run, plan, [run], planner, most)
     return tried[-1] if tried and tried[-1].fits else None
@@ -122,7 +140,12 @@ def ranking(tried: Sequence[Advice]) -> Table:
 
 
 def written(mesh: Mapping[str, int]) -> str:
-    """A mesh as the command line takes it: ``fsdp=32,tensor=8``."""
+    """A mesh as the command line takes it.
+
+    Example:
+      >>> written({"fsdp": 32, "tensor": 8})
+      'fsdp=32,tensor=8'
+    """
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
 
 

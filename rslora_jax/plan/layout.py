@@ -68,6 +68,10 @@ def by_block(function: Callable[..., jax.Array], layout: Layout, *arrays: jax.Ar
     """Maps over blocks of the positions of [B, T, ...] arrays, each seen as [B, s, c, ...].
 
     The s parts of the sequence axis stay where they are: a block has c positions of each.
+
+    Example:
+      >>> by_block(lambda x: x.sum(2), Layout(block=4), jnp.ones((2, 12))).shape
+      (3, 2, 1)
     """
     batch, length = arrays[0].shape[:2]
     parts = mesh_sizes().get(SEQUENCE, 1)
@@ -78,7 +82,12 @@ def by_block(function: Callable[..., jax.Array], layout: Layout, *arrays: jax.Ar
 
 
 def joined(blocks: jax.Array) -> jax.Array:
-    """What `by_block` split, again as [B, T, ...]."""
+    """What `by_block` split, again as [B, T, ...].
+
+    Example:
+      >>> joined(by_block(lambda x: x + 1, Layout(block=4), jnp.zeros((2, 12)))).shape
+      (2, 12)
+    """
     whole = jnp.moveaxis(blocks, 0, 2)
     return whole.reshape(whole.shape[0], -1, *whole.shape[4:])
 
@@ -89,7 +98,12 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def pin(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Lays `x` out on the mesh at hand; axes that it lacks or that do not divide are left off."""
+    """Lays `x` out on the mesh at hand; axes that it lacks or that do not divide are left off.
+
+    Example:
+      >>> pin(jnp.ones(4), TENSOR).tolist()  # there is no mesh
+      [1.0, 1.0, 1.0, 1.0]
+    """
     sizes = mesh_sizes()
     if not sizes:
         return x

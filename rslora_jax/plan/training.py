@@ -99,6 +99,11 @@ def frozen(run: Run) -> Variant:
     """The loss and the gradient of the activations alone: what no adapter can go below.
 
     The gradient is that of one vector added to every embedding, so it passes through all layers.
+
+    Example:
+      >>> from rslora_jax.plan.models import find_model
+      >>> frozen(Run(find_model("llama-3.2-1b"), {"fsdp": 4}, 8, 1024)).names
+      ('base', 'dx', 'batch')
     """
 
     def step(base: Any, shift: Any, batch: Any) -> Any:
@@ -124,6 +129,14 @@ def adapters(run: Run, rank: int, alpha: float = 16.0) -> Variant:
 
     Raises:
       AdapterError: for a rank that is none, or that the mesh does not divide.
+
+    Example:
+      >>> from rslora_jax.plan.models import find_model
+      >>> made = adapters(Run(find_model("llama-3.2-1b"), {"fsdp": 4}, 8, 1024), rank=16)
+      >>> made.args[1]["layers"]["mlp"]["up_proj"]["kernel"]["a"].sharding.shard_shape(
+      ...     (16, 2048, 16)
+      ... )
+      (16, 512, 16)
     """
     base, batch = _base(run), _batch(run)
 
@@ -146,7 +159,13 @@ def adapters(run: Run, rank: int, alpha: float = 16.0) -> Variant:
 
 
 def full(run: Run) -> Variant:
-    """A step of Adam on every weight, held in float32 and cast to bfloat16 where it is used."""
+    """A step of Adam on every weight, held in float32 and cast to bfloat16 where it is used.
+
+    Example:
+      >>> from rslora_jax.plan.models import find_model
+      >>> full(Run(find_model("llama-3.2-1b"), {"fsdp": 4}, 8, 1024)).trained
+      'base'
+    """
 
     def step(base: Any, optimizer: Any, batch: Any) -> Any:
         def loss(base: Any) -> Any:
