@@ -19,38 +19,31 @@ from session import exit_on_interrupt
 if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line from the start
     exit_on_interrupt("Interrupted: run it again to go on from the newest checkpoint.")
 
-import contextlib
 import dataclasses
 import functools
-import json
-import os
 import re
 import sys
-import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rl
 import texts
-from llama import SPECS, Llama, LlamaConfig
+from hosts import Losses, connect, leaving_nobody_waiting, mesh_of, say
+from llama import SPECS
 from rslora_jax.checkpoint import Preemption, Runs, RunState
-from rslora_jax.files import whole_file
 from rslora_jax.paths import flatten
 from rslora_jax.sharding import init_sharded, shardings
+from tasks import ROWS, Task, smollm2, tiny
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # how a batch lies on the mesh
-TINY = LlamaConfig(256, d_model=64, d_ff=128, layers=2, heads=4, kv_heads=2, head_dim=16)
 WARMUP = 10  # steps in which the learning rate rises; then it stays, however long the run
 
 
@@ -98,22 +91,6 @@ class Options:
     """Which of them this one is."""
 
 
-class Task(NamedTuple):
-    """What to train on.
-
-    Attributes:
-      model: the Llama.
-      variables: its parameters, abstract.
-      make: makes the parameters where these NamedShardings say.
-      table: windows of text, int32 [N, length + 1].
-    """
-
-    model: Llama
-    variables: Any
-    make: Callable[[Any], Any]
-    table: np.ndarray
-
-
 class Trained(NamedTuple):
     """An adapted model on a mesh.
 
@@ -137,7 +114,7 @@ def main() -> None:
         prepare(options)
     except ValueError as error:
         sys.exit(str(error))
-    connect(options)
+    connect(options.coordinator, options.processes, options.process_id)
     with leaving_nobody_waiting():
         run(options)
 
@@ -162,41 +139,9 @@ def lora_config(options: Options) -> rl.LoraConfig:
     return rl.LoraConfig(rank=options.rank, alpha=options.alpha)
 
 
-def connect(options: Options) -> None:
-    """Meet the other processes, if there are any."""
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if options.coordinator is not None:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.processes,
-            options.process_id,
-            cluster_detection_method="deactivate",
-        )
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise  # found a cluster, but not all about it
-
-
-@contextlib.contextmanager
-def leaving_nobody_waiting() -> Iterator[None]:
-    """An error ends this process at once: the others, which may wait for it, are then told."""
-    try:
-        yield
-    except Exception as error:
-        expected = isinstance(error, OSError | ValueError)
-        said = str(error) if expected else traceback.format_exc()
-        print(f"process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
-        if jax.process_count() > 1:
-            os._exit(1)
-        sys.exit(1)
-
-
 def run(options: Options) -> None:
     """Load, shard, adapt, and train from where an earlier run ended."""
-    mesh = mesh_of(options)
+    mesh = mesh_of(options.data, options.fsdp, options.tensor, options.batch)
     with jax.set_mesh(mesh):
         say(f"{jax.process_count()} process(es), {mesh.size} device(s), mesh {dict(mesh.shape)}")
         task = task_of(options)
@@ -204,81 +149,24 @@ def run(options: Options) -> None:
         train(task, trained, options)
 
 
-def say(text: object) -> None:
-    """Print it once, whatever the number of processes."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def mesh_of(options: Options) -> Mesh:
-    """All devices of all processes.
-
-    Raises:
-      ValueError: if the axes do not make up the devices, or the batch does not divide.
-    """
-    count = jax.device_count()
-    fsdp = options.fsdp or max(count // (options.data * options.tensor), 1)
-    sizes = (options.data, fsdp, options.tensor)
-    if np.prod(sizes) != count:
-        raise ValueError(
-            f"data * fsdp * tensor must be the {count} devices that there are, found "
-            f"{' * '.join(map(str, sizes))}"
-        )
-    if options.batch % (options.data * fsdp):
-        raise ValueError(
-            f"batch must be a multiple of data * fsdp = {options.data * fsdp}, found "
-            f"{options.batch}"
-        )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def task_of(options: Options) -> Task:
     """The model and its text."""
-    tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
-    llama = functools.partial(
-        Llama,
-        dtype=jnp.bfloat16 if options.bfloat16 else jnp.float32,
-        remat=options.remat,
-        activations=ROWS,
-    )
+    dtype = jnp.bfloat16 if options.bfloat16 else jnp.float32
     if options.model == "smollm":
-        import smollm  # noqa: PLC0415  (its reader is needed for this model only)
-
-        sizes, variables, tokenizer = smollm.load()
-        table = texts.windows(tokenizer.encode(texts.reference()).ids, options.length)
-        return Task(llama(sizes), shapes(variables), functools.partial(place, variables), table)
-    model = llama(TINY)
-    init = functools.partial(model.init, jax.random.key(options.seed))
-    zeros = functools.partial(jnp.zeros, tokens.shape, tokens.dtype)
-    table = texts.windows(texts.as_bytes(texts.reference()), options.length)
-    return Task(
-        model,
-        jax.eval_shape(init, tokens),
-        lambda places: jax.jit(lambda: init(zeros()), out_shardings=places)(),
-        table,
-    )
+        return smollm2(example(options), dtype=dtype, remat=options.remat)
+    return tiny(example(options), options.seed, dtype=dtype, remat=options.remat)
 
 
-def shapes(tree: Any) -> Any:
-    """The tree with a ShapeDtypeStruct for each array."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def place(tree: Any, places: Any) -> Any:
-    """Arrays of the host as global ones: each device gets its shard, and no device all of it."""
-
-    def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, tree, places)
+def example(options: Options) -> jax.ShapeDtypeStruct:
+    """A batch of tokens, abstract: what the model is traced with."""
+    return jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
 
 
 def adapt(task: Task, mesh: Mesh, options: Options) -> Trained:
     """Base, adapters and optimizer state, each made where it is to lie."""
     config, key = lora_config(options), jax.random.key(options.seed)
-    tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
     params, apply, sites = rl.adapt(
-        task.model.apply, task.variables, tokens, config=config, key=key
+        task.model.apply, task.variables, example(options), config=config, key=key
     )
     paths = flatten(task.variables).paths
     used = [pair for pair in SPECS if any(re.fullmatch(pair[0], path) for path in paths)]
@@ -364,41 +252,6 @@ def resume(runs: Runs, start: RunState) -> RunState:
         )
     say(f"going on from step {state.step}")
     return state
-
-
-class Losses:
-    """The loss of every step, as lines of JSON that process 0 writes."""
-
-    def __init__(self, path: Path, after: int) -> None:
-        """Opens the file, without the steps that a killed run did after its last checkpoint."""
-        self._file = None
-        if jax.process_index() == 0:
-            kept = [line for line in read_lines(path) if line["step"] <= after]
-            with whole_file(path) as temporary:
-                temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-            self._file = path.open("a")
-
-    def __enter__(self) -> "Losses":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, step: int, loss: float) -> None:
-        """One step."""
-        say(f"step {step}  loss {loss:.4f}")
-        if self._file is not None:
-            print(json.dumps({"step": step, "loss": loss}), file=self._file, flush=True)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: the last one may be cut short where a process was killed."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
 
 
 if __name__ == "__main__":

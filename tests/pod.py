@@ -26,8 +26,10 @@ import tyro
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import hosts
 import pod_finetune
 import rslora_jax as rl
+import tasks
 from rslora_jax.checkpoint import Runs, RunState, fingerprint, restore, save
 from rslora_jax.checkpoint.processes import exchange, together
 
@@ -37,17 +39,18 @@ SITES = (
 )
 CONFIG = rl.LoraConfig(rank=4, alpha=8.0)
 # All matrices of one shape: fewer programs to compile.
-SQUARE = dataclasses.replace(pod_finetune.TINY, d_ff=64, kv_heads=4)
+SQUARE = dataclasses.replace(tasks.TINY, d_ff=64, kv_heads=4)
 
 
 def fine_tune(*flags):
-    sys.argv, pod_finetune.TINY = ["pod_finetune.py", *flags], SQUARE
+    sys.argv, tasks.TINY = ["pod_finetune.py", *flags], SQUARE
     pod_finetune.main()
 
 
 def agree(_, folder, *meeting):
     """Saves and restores factors that no process holds whole; errors of one are errors of all."""
-    pod_finetune.connect(tyro.cli(pod_finetune.Options, args=meeting))
+    options = tyro.cli(pod_finetune.Options, args=meeting)
+    hosts.connect(options.coordinator, options.processes, options.process_id)
     print("mesh", flush=True)
     first, folder = jax.process_index() == 0, Path(folder)
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

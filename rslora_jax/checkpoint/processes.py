@@ -5,7 +5,8 @@ its part went before any goes on. With one process there is nothing to say.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from rslora_jax.paths import AdapterError
 
-__all__ = ["exchange", "is_first", "is_local", "same", "together"]
+__all__ = ["everyone", "exchange", "is_first", "is_local", "same", "storable", "together"]
 
 LONGEST = 500
 """Bytes of what a process says: one shape, so that one program is compiled."""
@@ -27,6 +28,22 @@ def is_first() -> bool:
 def is_local(array: jax.Array) -> bool:
     """Whether one of several processes holds all of an array, and the others their own."""
     return jax.process_count() > 1 and array.is_fully_addressable
+
+
+def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays as Orbax takes them: it refuses JAX arrays that one of many processes holds."""
+    local = {path for path, a in arrays.items() if isinstance(a, jax.Array) and is_local(a)}
+    return {path: np.asarray(a) if path in local else a for path, a in arrays.items()}
+
+
+def everyone() -> Any:
+    """Orbax's barriers between named processes end after minutes, those between all never do."""
+    import orbax.checkpoint as ocp  # noqa: PLC0415  (0.9 s to import)
+
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(
+        active_processes=set(range(count)) if count > 1 else None
+    )
 
 
 def exchange(text: str) -> tuple[str, ...]:

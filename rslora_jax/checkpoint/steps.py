@@ -16,9 +16,9 @@ from rslora_jax.checkpoint.containers import decode, encode
 from rslora_jax.checkpoint.fingerprint import Fingerprint, fingerprint
 from rslora_jax.checkpoint.fit import listed
 from rslora_jax.checkpoint.plain import checksum
-from rslora_jax.checkpoint.processes import same, together
+from rslora_jax.checkpoint.processes import same, storable, together
 from rslora_jax.checkpoint.records import Record
-from rslora_jax.checkpoint.storage import ARRAYS, RECORD, line, load, read_record, storable
+from rslora_jax.checkpoint.storage import ARRAYS, RECORD, line, load, read_record
 from rslora_jax.factors import LoraParams
 from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
 

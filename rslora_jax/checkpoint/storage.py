@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.checkpoint.fingerprint import Leaf
-from rslora_jax.checkpoint.processes import exchange, is_first, is_local, together
+from rslora_jax.checkpoint.processes import everyone, exchange, is_first, storable, together
 from rslora_jax.checkpoint.records import Record
 from rslora_jax.files import whole_folder
 from rslora_jax.paths import AdapterError
@@ -32,7 +32,6 @@ __all__ = [
     "os_error",
     "read_arrays",
     "read_record",
-    "storable",
     "struct_of",
     "write",
 ]
@@ -162,12 +161,6 @@ def struct_of(leaf: Leaf, given: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
-def storable(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays as Orbax takes them: it refuses JAX arrays that one of many processes holds."""
-    local = {path for path, a in arrays.items() if isinstance(a, jax.Array) and is_local(a)}
-    return {path: np.asarray(a) if path in local else a for path, a in arrays.items()}
-
-
 def _put(staging: Path, target: Path, overwrite: bool) -> None:
     with whole_folder(target, overwrite=overwrite) as folder:
         for child in sorted(staging.iterdir()):
@@ -182,19 +175,9 @@ def _save(path: Path, arrays: dict[str, Any], record: dict[str, Any]) -> None:
         **{ARRAYS: ocp.args.PyTreeSave(arrays), RECORD: ocp.args.JsonSave(record)}
     )
     with ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(), multiprocessing_options=_everyone()
+        ocp.CompositeCheckpointHandler(), multiprocessing_options=everyone()
     ) as checkpointer:
         checkpointer.save(path, args=items)
-
-
-def _everyone() -> Any:
-    """Orbax's barriers between named processes end after minutes, those between all never do."""
-    import orbax.checkpoint as ocp  # noqa: PLC0415  (0.9 s to import)
-
-    count = jax.process_count()
-    return ocp.options.MultiprocessingOptions(
-        active_processes=set(range(count)) if count > 1 else None
-    )
 
 
 def load(folder: Path, structs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
