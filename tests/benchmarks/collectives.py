@@ -391,6 +391,7 @@ def main() -> None:
     parser.add_argument("--compiler", choices=("cpu", "tpu"), default="cpu")
     parser.add_argument("--mesh", action="append", help="such as fsdp=4,tensor=2")
     parser.add_argument("--policy", action="append", choices=POLICIES)
+    parser.add_argument("--rank", type=int, default=Setting.rank)
     parser.add_argument("--no-remat", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
@@ -398,7 +399,7 @@ def main() -> None:
     programs = by_cpu if options.compiler == "cpu" else by_tpu
     for mesh in meshes:
         dtype = "float32" if options.compiler == "cpu" else "bfloat16"
-        setting = Setting(mesh, dtype=dtype, remat=not options.no_remat)
+        setting = Setting(mesh, options.rank, dtype=dtype, remat=not options.no_remat)
         print(f"jax {jax.__version__}, {options.compiler}, {setting}", end="\n\n")
         report(setting, programs(setting, options.policy or POLICIES))
     print("Llama 3.1 8B, rank 64, fsdp 32 x tensor 8, per device: float32 factors;")
