@@ -1,7 +1,8 @@
 """Flow: what reaches what in a program, read off its data flow and not off names.
 
 `find_heads` looks for the products that reach an output and no other product;
-`find_hidden` for weights that reach a product through something that is no move.
+`find_hidden` for weights that reach a product through something that is no move;
+`find_varying` for indices that differ from device to device.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from rslora_jax.tracing import open_jaxpr, scan_counts
 
-__all__ = ["MARK", "find_heads", "find_hidden", "find_reaching"]
+__all__ = ["MARK", "find_heads", "find_hidden", "find_reaching", "find_varying"]
 
 MARK = "rslora_jax:"
 """Prefix of the names that discovery gives to the results of products."""
@@ -72,6 +73,39 @@ def find_reaching(jaxpr: Jaxpr, paths: Sequence[str]) -> Tags:
     rest = len(jaxpr.invars) - len(paths)
     tags = [*(frozenset({path}) for path in paths), *[frozenset[str]()] * rest]
     return _union(_spread(jaxpr, tags, lambda eqn, ins: None))
+
+
+def find_varying(eqn: JaxprEqn) -> dict[int, Tags]:
+    """The mesh axes along which the indices of a shard_map's slices and gathers may differ.
+
+    Args:
+      eqn: the shard_map.
+
+    Returns:
+      Names of mesh axes, by the id of each `dynamic_slice` and `gather` in its program.
+    """
+    found: dict[int, Tags] = {}
+
+    def visit(eqn: JaxprEqn, tags: Sequence[Tags]) -> Tags | None:
+        name = eqn.primitive.name
+        if name == "axis_index":
+            return frozenset(_names(eqn.params["axis_name"]))
+        if name in ("dynamic_slice", "gather"):
+            found[id(eqn)] = found.get(id(eqn), frozenset()) | _union(tags[1:])
+        if name in ("cond", "while"):  # which branch, and how many rounds, may differ as well
+            _through(eqn, tags, visit)
+            return _union(tags)
+        return None
+
+    specs = eqn.params["in_specs"]
+    ins = [frozenset(name for entry in spec for name in _names(entry)) for spec in specs]
+    _spread(open_jaxpr(eqn.params["jaxpr"])[0], ins, visit)
+    return found
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec, or of a collective."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def _sums(eqn: JaxprEqn) -> bool:

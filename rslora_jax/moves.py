@@ -206,10 +206,10 @@ def _dynamic_slice(walk: Walk, eqn: Any, held: Any, *starts: Any) -> Held:
         size = [factor.array.shape[k] if n == RANK else sizes[n] for k, n in _places(factor)]
         return Factor(lax.dynamic_slice(factor.array, begin, size), factor.labels)
 
+    full = held.base.shape
     moved = _move(held, _one(eqn, held.base, *starts), held.view, act)
     moved = replace(moved, rows=held.rows | _row_axes(held, sizes))
-    cut = [k for k, n in enumerate(sizes) if n != held.base.shape[k]]
-    return cut_by_index(walk, moved, cut, [starts[k] for k in cut])
+    return cut_by_index(walk, eqn, moved, [k for k, n in enumerate(sizes) if n != full[k]])
 
 
 def _row_axes(held: Held, sizes: Sequence[int]) -> frozenset[int]:
@@ -284,7 +284,7 @@ def _gather(walk: Walk, eqn: Any, held: Any, indices: Any) -> Any:
     for old, place in new.items():
         view[place] = held.view[old]
     rows = partial(_pick, eqn=eqn, indices=indices, axis=axis, places=places, new=new)
-    cuts = cut_by_index(walk, held, [axis], [indices]).cuts
+    cuts = cut_by_index(walk, eqn, held, [axis]).cuts
     moved = replace(_move(held, base, view, rows), cuts=cuts)
     if held.factors:
         stacked = all(axis in factor.labels for factor in held.factors)

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor
+from rslora_jax.flow import find_varying
 from rslora_jax.meshes import along, entries
-from rslora_jax.tracing import Cut, Held, Unsupported, Walk, bind, varying
+from rslora_jax.tracing import Cut, Held, Unsupported, Walk, bind
 
 __all__ = ["PLACEMENTS", "cut_by_index", "enter", "shard_maps"]
 
@@ -102,18 +102,20 @@ def enter(eqn: Any, held: Held, spec: PartitionSpec) -> Held:
     return replace(held, factors=factors, cuts=(*held.cuts, *cuts))
 
 
-def cut_by_index(walk: Walk, held: Held, axes: Iterable[int], indices: Iterable[Any]) -> Held:
-    """Inside a shard_map a part picked by an index may differ from device to device."""
-    traced = [index for index in indices if isinstance(index, Tracer)]
-    maps = shard_maps(walk)
-    if not maps or not traced:
-        return held
-    known = maps[-1].params["check_vma"]
-    names = frozenset().union(*map(varying, traced)) if known else _manual(walk)
+def cut_by_index(walk: Walk, eqn: Any, held: Held, axes: Iterable[int]) -> Held:
+    """Inside a shard_map the part that an index picks may differ from device to device."""
+    names = frozenset().union(*(_varying(walk, around, eqn) for around in shard_maps(walk)))
     picked = {*axes}
     owners = frozenset(k for k, f in enumerate(held.factors) if picked & {*f.labels})
     view = frozenset().union(*(held.view[n] for n in picked))
     return replace(held, cuts=(*held.cuts, *(Cut(name, view, owners) for name in sorted(names))))
+
+
+def _varying(walk: Walk, around: Any, eqn: Any) -> frozenset[str]:
+    """The mesh axes of a shard_map along which the indices of an equation may differ."""
+    if id(around) not in walk.memo:
+        walk.memo[id(around)] = find_varying(around)
+    return walk.memo[id(around)].get(id(eqn), frozenset())
 
 
 def shard_maps(walk: Walk) -> list[Any]:
@@ -148,8 +150,8 @@ def _tiled(eqn: Any, held: Held, owners: frozenset[int], origin: frozenset[int])
     own = {k for k, factor in enumerate(held.factors) if axis in factor.labels}
     if not owners <= own:
         raise Unsupported(
-            "a gather along one axis, where a factor without this axis may differ between the "
-            "devices; if it does not, shard_map(check_vma=True) makes that known"
+            "a gather along one axis of blocks that were picked along another, with an index "
+            "that may differ between the devices"
         )
 
     def act(k: int, factor: Factor) -> Factor:

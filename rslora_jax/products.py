@@ -50,6 +50,8 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     mine, theirs = ((lc, lb), (rc, rb)) if left else ((rc, rb), (lc, lb))
     base = bind(eqn, (held.base, x) if left else (x, held.base))[0]
+    if jax.typeof(base).sharding.spec.unreduced:
+        raise Unsupported("its result is left unreduced over a mesh axis")
     labels = _x_labels(x.ndim, held.base.ndim, mine, theirs)
     if not held.factors:
         return _report(walk, eqn, held, base, summed=mine[0], stacked=mine[1])

@@ -37,7 +37,6 @@ __all__ = [
     "open_jaxpr",
     "scan_counts",
     "settle",
-    "varying",
     "where",
 ]
 
@@ -184,13 +183,6 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
-
-
-def varying(value: Any) -> frozenset[str]:
-    """The manual mesh axes along which a value may differ, as shard_map(check_vma=True) knows."""
-    aval = jax.typeof(value)
-    kind = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(aval, "vma", ()) if kind is None else kind.varying)
 
 
 def where(walk: Walk, eqn: JaxprEqn) -> str:
