@@ -22,6 +22,7 @@ import jax
 
 from rslora_jax.paths import AdapterError
 from rslora_jax.plan import training
+from rslora_jax.plan.advice import nearest_fit
 from rslora_jax.plan.exporting import export
 from rslora_jax.plan.inputs import inputs
 from rslora_jax.plan.models import find_model
@@ -65,6 +66,10 @@ BIG = {
     "70b": Big("llama-3.1-70b", "v5p:4x4x8", {"fsdp": 16, "tensor": 8}, 128, 4096),
     "405b": Big("llama-3.1-405b", "v5p:8x8x8", {"fsdp": 64, "tensor": 8}, 512, 4096),
     "405b-4096": Big("llama-3.1-405b", "v5p:16x16x16", {"fsdp": 512, "tensor": 8}, 2048, 4096),
+    "405b-6144": Big(
+        "llama-3.1-405b", "v5p:16x16x24", {"data": 3, "fsdp": 256, "tensor": 8}, 1536, 4096
+    ),
+    "405b-v5e": Big("llama-3.1-405b", "v5e:16x16", {"fsdp": 32, "tensor": 8}, 256, 4096),
 }
 
 
@@ -79,13 +84,15 @@ def traced(big: Big, variant: training.Variant) -> str:
     return f"traced in {seconds:.1f} s, {len(program.module):,} bytes, arguments {held:.3f} GiB"
 
 
-def planned(big: Big, variant: training.Variant, options: argparse.Namespace) -> Plan:
+def planned(
+    big: Big, run: training.Run, variant: training.Variant, options: argparse.Namespace
+) -> Plan:
     """The compiler's answer."""
     return plan(
         variant.step,
         variant.args,
         topology=big.topology,
-        mesh_shape=big.mesh,
+        mesh_shape=run.mesh,
         name=variant.name,
         names=variant.names,
         trained=variant.trained,
@@ -93,6 +100,18 @@ def planned(big: Big, variant: training.Variant, options: argparse.Namespace) ->
         time_limit=options.time_limit,
         cache=options.cache,
     )
+
+
+def mended(big: Big, wanted: str, short: Plan, options: argparse.Namespace) -> str:
+    """The nearest change that makes a plan fit."""
+
+    def planner(what: str, run: training.Run) -> Plan:
+        found = planned(big, run, VARIANTS[wanted](run), options)
+        print(f"    {what}: {told(found)}", flush=True)
+        return found
+
+    found = nearest_fit(big.run, short, planner, most=4)
+    return f"the nearest change that fits is {found.change}" if found else "no change tried fits"
 
 
 def told(one: Plan) -> str:
@@ -137,12 +156,18 @@ def main() -> None:
         for wanted in options.only or big.variants:
             variant = VARIANTS[wanted](big.run)
             try:
-                answer = traced(big, variant) if options.trace else planned(big, variant, options)
+                answer = (
+                    traced(big, variant)
+                    if options.trace
+                    else planned(big, big.run, variant, options)
+                )
             except AdapterError as error:
                 answer = str(error)
             if isinstance(answer, Plan):
                 kept.append({"model": big.model, **answer.to_dict()})
             print(f"  {wanted}: {told(answer) if isinstance(answer, Plan) else answer}", flush=True)
+            if isinstance(answer, Plan) and not answer.fits:
+                print(f"    {mended(big, wanted, answer, options)}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(kept, indent=2) + "\n")
 
