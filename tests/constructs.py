@@ -651,6 +651,24 @@ def shard_map_with_a_sharded_output():
     return apply_fn, {"w": weight(8, 6)}, (x(),)
 
 
+@construct({"w": "bio", "v": "io"}, heads=["v"])
+def shard_map_that_gathers_blocks_of_weights():
+    """Fully sharded data parallelism by hand: each layer's blocks in a scan, and a stack."""
+
+    def apply_fn(p, x):
+        def body(w, v, x):
+            def layer(h, w):
+                return jnp.tanh(h @ lax.all_gather(w, "d", axis=1, tiled=True)), None
+
+            h = lax.scan(jax.checkpoint(layer), x, w)[0]
+            return h @ lax.all_gather(v, "d").reshape(8, -1)
+
+        specs = (P(None, None, "d"), P("d"), P("d"))
+        return jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=P("d"))(p["w"], p["v"], x)
+
+    return apply_fn, {"w": weight(3, 8, 8), "v": weight(8, 6)}, (x(),)
+
+
 @construct({"w": "io", "v": "io"})
 def shard_map_on_activations_only():
     def apply_fn(p, x):
