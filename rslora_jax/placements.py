@@ -39,6 +39,13 @@ def _constraint(walk: Walk, eqn: Any, held: Held) -> Held:
     return replace(held, base=base, factors=tuple(map(act, held.factors)))
 
 
+def _device_put(walk: Walk, eqn: Any, *operands: Any) -> list[Any]:
+    """From the host's memory, say; the factors are where they are used."""
+    bases = bind(eqn, [x.base if isinstance(x, Held) else x for x in operands])
+    pairs = zip(operands, bases, strict=True)
+    return [replace(x, base=base) if isinstance(x, Held) else base for x, base in pairs]
+
+
 def _reshard(walk: Walk, eqn: Any, held: Held) -> Held:
     """On Explicit axes: each axis of a factor moves as the weight's own axis moves."""
     base, axes = bind(eqn, [held.base])[0], range(held.base.ndim)
@@ -181,6 +188,7 @@ def _stacked(eqn: Any, held: Held, owners: frozenset[int], origin: frozenset[int
 
 PLACEMENTS: Mapping[str, Callable[..., Any]] = {
     "sharding_constraint": _constraint,
+    "device_put": _device_put,
     "reshard": _reshard,
     "all_gather": _all_gather,
     "all_gather_invariant": _all_gather,

@@ -374,6 +374,14 @@ def weights_constrained_to_a_sharding():
     return apply_fn, {"w": weight(8, 6), "v": weight(6, 4)}, (x(),)
 
 
+@construct({"w": "bio"})
+def layers_brought_from_another_memory_one_by_one():
+    def layer(h, w):
+        return jnp.tanh(h @ jax.device_put(w, jax.memory.Space.Device))
+
+    return over_layers(layer)
+
+
 @construct({"w": "io"})
 def a_weight_named_by_checkpoint_name():
     return lambda p, x: x @ checkpoint_name(p["w"], "w"), {"w": weight(8, 6)}, (x(),)
