@@ -29,6 +29,8 @@ def connect(coordinator: str | None, processes: int, process_id: int) -> None:
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if coordinator is not None:
+        if process_id == 0:
+            print(f"waiting for {processes} processes at {coordinator}", flush=True)
         jax.distributed.initialize(
             coordinator, processes, process_id, cluster_detection_method="deactivate"
         )
