@@ -138,8 +138,9 @@ def delta(site: Site, factors: Mapping[str, Any]) -> jax.Array:
     """
     dtype = jnp.promote_types(jnp.float32, site.dtype)
     a, b = (jnp.asarray(factors[name]).astype(dtype) for name in "ab")
-    product = jnp.einsum(delta_subscripts(site.axes), a, b, precision=lax.Precision.HIGHEST)
-    return product * jnp.asarray(site.scale, dtype)
+    place = along(range(len(site.axes)), labelled(site, {"a": a, "b": b}))
+    how = {"precision": lax.Precision.HIGHEST, "out_sharding": place}
+    return jnp.einsum(delta_subscripts(site.axes), a, b, **how) * jnp.asarray(site.scale, dtype)
 
 
 def project(

@@ -27,6 +27,11 @@ MESHES = {
     "4x2": {"fsdp": 4, "tensor": 2},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
+POLICIES = {
+    "inherited": "inherit",
+    "rank_split": Policy(without=("tensor",), rank="tensor"),
+    "replicated": "replicated",
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 TINY = LlamaConfig(
@@ -140,6 +145,18 @@ def test_a_training_step_on_a_mesh_equals_the_step_on_one_device(name, kind):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base))
 
 
+@every_kind
+@pytest.mark.parametrize("policy", ["inherited", "rank_split"])
+def test_merged_weights_lie_where_the_base_does(kind, policy):
+    params, sites = adapted()
+    mesh = mesh_of("2x2x2", kind)
+    with jax.set_mesh(mesh):
+        placed = shard(params, mesh, sites, rules_on(mesh), POLICIES[policy])
+        merged = rl.merge(placed, sites)
+    assert_close(merged, rl.merge(params, sites))
+    assert_placed(merged, jax.tree.map(lambda leaf: leaf.sharding, placed.base))
+
+
 def test_abstract_weights_that_say_where_they_lie_are_adapted():
     mesh = mesh_of("2x2x2", "explicit")
     params, sites = adapted()
@@ -158,13 +175,6 @@ def test_abstract_weights_that_say_where_they_lie_are_adapted():
 
 
 # Single uses of a weight, with factors that lie as the weight does, or otherwise.
-
-
-POLICIES = {
-    "inherited": "inherit",
-    "rank_split": Policy(without=("tensor",), rank="tensor"),
-    "replicated": "replicated",
-}
 
 
 def x(*shape):
