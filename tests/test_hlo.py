@@ -299,27 +299,44 @@ def test_the_rounds_of_a_loop_are_read_off_its_condition():
     assert found.bytes == 16 * 256 * 2
 
 
+def link(name, result, root):
+    gather = 'replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}'
+    return computation(
+        name,
+        f"%p = bf16[8,256]{VMEM} parameter(0)",
+        f"%d = bf16[32,256]{TPU} parameter(1)",
+        f"%g = bf16[32,256]{TPU} all-gather(%p), {gather}",
+        f"ROOT %r = {result} {root}",
+    )
+
+
+PAIR = f"(bf16[8,256]{VMEM}, bf16[32,256]{TPU})"
+CHAIN = program(
+    f"%x = bf16[8,256]{VMEM} parameter(0)",
+    f"%s = {PAIR} fusion(%x), kind=kCustom, calls=%start",
+    f"%sx = bf16[8,256]{VMEM} get-tuple-element(%s), index=0",
+    f"%sd = bf16[32,256]{TPU} get-tuple-element(%s), index=1",
+    f"%m = {PAIR} fusion(%sx, %sd), kind=kOutput, calls=%middle",
+    f"%mx = bf16[8,256]{VMEM} get-tuple-element(%m), index=0",
+    f"%md = bf16[32,256]{TPU} get-tuple-element(%m), index=1",
+    f"ROOT %e = bf16[32,256]{TPU} fusion(%mx, %md), kind=kCustom, calls=%done",
+    computations=link("start", PAIR, 'custom-call(%g), custom_call_target="AsyncCollectiveStart"')
+    + link("middle", PAIR, "tuple(%p, %g)")
+    + link(
+        "done",
+        f"bf16[32,256]{TPU}",
+        'custom-call(%p, %d, %g), custom_call_target="AsyncCollectiveDone"',
+    ),
+)
+
+
 def test_the_links_of_an_asynchronous_chain_are_one_collective():
-    gather = (
-        "all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0},"
-        ' frontend_attributes={chain_id="0"}'
-    )
-    links = [
-        computation(
-            name,
-            f"%p = bf16[8,256]{VMEM} parameter(0)",
-            f"%all-gather.{name} = bf16[32,256]{TPU} {gather}",
-            f'ROOT %r = (bf16[32,256]{TPU}) custom-call(%all-gather.{name}), custom_call_target="{target}"',  # noqa: E501
-        )
-        for name, target in (("start", "AsyncCollectiveStart"), ("done", "AsyncCollectiveDone"))
-    ]
-    text = program(
-        f"%x = bf16[8,256]{VMEM} parameter(0)",
-        f"%s = (bf16[32,256]{TPU}) fusion(%x), kind=kCustom, calls=%start",
-        f"ROOT %d = (bf16[32,256]{TPU}) fusion(%x), kind=kCustom, calls=%done",
-        computations="".join(links),
-    )
-    assert [(each.kind, each.bytes) for each in collectives(text)] == [("all-gather", 16384)]
+    size = 32 * 256 * 2
+    assert [(each.kind, each.bytes) for each in collectives(CHAIN)] == [("all-gather", size)]
+
+
+def test_the_links_of_an_asynchronous_chain_write_its_result_once():
+    assert count(CHAIN).hbm_bytes == 32 * 256 * 2
 
 
 def test_a_sum_that_is_sliced_in_its_fusion_is_a_reduce_scatter():

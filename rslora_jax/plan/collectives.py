@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from rslora_jax.paths import AdapterError
+from rslora_jax.plan.chains import begins, is_chained
 from rslora_jax.plan.groups import first_group
 from rslora_jax.plan.hlo import Computation, Instruction, Module, parse
 from rslora_jax.plan.runs import Run, runs
@@ -28,7 +29,6 @@ KINDS = (
 """The operations that move data between devices; between slices the TPU's is a `send`."""
 
 ONE_WAY = ("collective-permute", "collective-broadcast", "send")
-START = "AsyncCollectiveStart"
 
 
 class Collective(NamedTuple):
@@ -174,14 +174,9 @@ def _to_host(step: Instruction) -> bool:
 
 
 def _counts(inside: Computation) -> bool:
-    """Whether a fusion's collectives start there.
-
-    The TPU compiler runs a collective beside other work as a chain of fusions, each of which
-    holds the collective again; the first also holds the call that starts it.
-    """
+    """Whether a fusion's collectives are not those of a chain that began before."""
     steps = inside.instructions.values()
-    chained = any("chain_id" in step.tail for step in steps if step.opcode in KINDS)
-    return not chained or any(START in step.tail for step in steps)
+    return begins(inside) or not any(is_chained(step) for step in steps)
 
 
 def _collective(module: Module, run: Run, step: Instruction) -> Collective:

@@ -26,10 +26,12 @@ FREE_CALLS = frozenset(
         "MoveToDevice",
         "MoveToHost",
         "Sharding",
+        "SliceId",
         "TopK",
         "X64Combine",
         "X64SplitHigh",
         "X64SplitLow",
+        "ZeroCrop",
         "annotate_device_placement",
     }
 )

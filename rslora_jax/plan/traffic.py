@@ -4,9 +4,11 @@ What a fusion computes on the way stays on the chip. Arrays in another memory th
 (S(1), the VMEM of a TPU, that the compiler places arrays in) are no traffic.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
+from rslora_jax.plan.chains import begins, is_chained, is_link
 from rslora_jax.plan.hlo import Computation, Instruction, Module
 from rslora_jax.plan.shapes import Shape
 
@@ -56,7 +58,8 @@ def traffic(module: Module, computation: Computation, step: Instruction) -> floa
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rslora_jax.plan.hlo import parse
+      >>> from rslora_jax.plan.chains import begins, is_chained, is_link
+    from rslora_jax.plan.hlo import parse
       >>> text = jax.jit(jnp.dot).lower(jnp.ones((8, 4)), jnp.ones((4, 2))).compile().as_text()
       >>> module = parse(text)
       >>> main = module.computations[module.entry]
@@ -145,13 +148,21 @@ def _is_param(step: Instruction) -> bool:
 def _written(
     module: Module, inside: Computation, result: Instruction, shapes: tuple[Shape, ...]
 ) -> int:
-    """Bytes that a fusion writes: of an update in place, the update."""
+    """Bytes that a fusion writes: of an update in place, the update; what it hands on, nothing."""
     if result.opcode == "tuple":
-        parts = zip(inside.operands(result), shapes, strict=True)
-        return sum(_written(module, inside, part, (shape,)) for part, shape in parts)
+        rest = iter(shapes)
+        return sum(
+            _written(module, inside, part, tuple(itertools.islice(rest, len(part.shapes))))
+            for part in inside.operands(result)
+        )
+    if is_link(result):
+        # The first link lists its operand again, then what the whole chain fills.
+        return _size(*shapes[1:2]) if begins(inside) and not is_chained(result) else 0
     made = result
     while made.opcode in VIEWS:
         made = inside.operands(made)[0]
+    if _is_param(made):
+        return 0 if result is not inside.result else _size(*shapes)
     if made.opcode == "dynamic-update-slice" and _size(*shapes):
         return sum(shape.allocated for shape in inside.operands(made)[1].shapes)
     if made.opcode == "fusion":
@@ -173,6 +184,8 @@ def _read_by(
     module: Module, inside: Computation, value: Instruction, use: Instruction, whole: int
 ) -> int:
     first = use.operands[0] == value.name
+    if use.opcode == "tuple" or (is_link(use) and not begins(inside)):
+        return 0  # handed on
     if use.opcode in VIEWS:
         return _read(module, inside, use)
     if use.opcode in SLICES and first:
