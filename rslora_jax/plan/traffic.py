@@ -58,8 +58,7 @@ def traffic(module: Module, computation: Computation, step: Instruction) -> floa
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from rslora_jax.plan.chains import begins, is_chained, is_link
-    from rslora_jax.plan.hlo import parse
+      >>> from rslora_jax.plan.hlo import parse
       >>> text = jax.jit(jnp.dot).lower(jnp.ones((8, 4)), jnp.ones((4, 2))).compile().as_text()
       >>> module = parse(text)
       >>> main = module.computations[module.entry]
