@@ -18,7 +18,7 @@ from rslora_jax.axes import RANK
 from rslora_jax.factors import Factor, contract, project
 from rslora_jax.meshes import along
 from rslora_jax.taps import Ragged, watch_input, watch_output
-from rslora_jax.tracing import Held, Unsupported, Walk, bind, settle
+from rslora_jax.tracing import Held, Unsupported, Walk, beside, bind, settle
 
 __all__ = ["PRODUCTS", "whole"]
 
@@ -49,6 +49,7 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     held, x = (lhs, rhs) if left else (rhs, lhs)
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     mine, theirs = ((lc, lb), (rc, rb)) if left else ((rc, rb), (lc, lb))
+    seen = beside(walk, x) if held.factors else x  # ahead of `base`: its gradient comes last
     base = bind(eqn, (held.base, x) if left else (x, held.base))[0]
     if jax.typeof(base).sharding.spec.unreduced:
         raise Unsupported("its result is left unreduced over a mesh axis")
@@ -58,7 +59,7 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     out = _dot_labels(labels, held.base.ndim, mine, left)
     first, second = _order(held, mine[0])
     how = _How(out, tuple(mine[0]), held.scale, left, *(eqn.params[name] for name in OPTIONS))
-    return _plus(base, Factor(x, labels), (first, second), held.factors[2:], how)
+    return _plus(base, Factor(seen, labels), (first, second), held.factors[2:], how)
 
 
 class _How(NamedTuple):

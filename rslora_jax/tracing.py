@@ -31,6 +31,7 @@ __all__ = [
     "Held",
     "Unsupported",
     "Walk",
+    "beside",
     "bind",
     "describe_use",
     "evaluate",
@@ -105,6 +106,7 @@ class Walk:
       memo: rebuilt functions, so that a function used twice is traced once.
       inside: the walk is inside a function with a derivative rule of its own.
       callers: the equations around the present program, outermost first.
+      forks: the activations of the present program that `beside` was asked for, by id.
     """
 
     rules: Mapping[str, Rule]
@@ -114,6 +116,7 @@ class Walk:
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict)
     inside: bool = False
     callers: tuple[JaxprEqn, ...] = ()
+    forks: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
 def evaluate(
@@ -132,6 +135,7 @@ def evaluate(
     Returns:
       The outputs; a `Held` that reaches an output stays one, an unwanted output is None.
     """
+    walk = dataclasses.replace(walk, forks={})
     wanted = tuple(wanted) if wanted is not None else (True,) * len(jaxpr.outvars)
     env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -142,7 +146,23 @@ def evaluate(
         with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
             results = _step(walk, eqn, [_read(env, v) for v in eqn.invars], needed)
         env.update(zip(eqn.outvars, results, strict=True))
+    walk.forks.clear()
     return [_read(env, v) if want else None for v, want in zip(jaxpr.outvars, wanted, strict=True)]
+
+
+def beside(walk: Walk, x: Any) -> Any:
+    """An activation as the factors see it: the same numbers under a name of their own.
+
+    All products with factors that share `x` get the same one, so that their gradients into it
+    are summed apart from those of the weights. On a mesh each gradient through a split weight
+    is a sum over devices: XLA communicates once for all that are added to one another, and
+    would for each of them with a gradient through factors, which is complete, in between.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    if id(x) not in walk.forks:
+        walk.forks[id(x)] = x, jnp.copy(x)
+    return walk.forks[id(x)][1]
 
 
 def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaque") -> Any:

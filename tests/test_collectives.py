@@ -2,9 +2,14 @@
 
 import functools
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.extend.core import Var
 
+import rslora_jax as rl
 from llama import LlamaConfig
 from rslora_jax.plan.collectives import collectives, table
 from tests.benchmarks.collectives import (
@@ -119,3 +124,28 @@ def test_factors_that_inherit_the_fsdp_axis_are_gathered_with_their_weights():
 def test_factors_that_leave_the_fsdp_axis_off_are_not_gathered():
     kinds = {key.kind for key, count in more("without fsdp").items() if count > 0}
     assert kinds == {"all-reduce"}
+
+
+def test_gradients_of_an_input_add_up_apart_from_those_through_the_factors():
+    """XLA sums over devices once for all weights only what is added to one another first."""
+    base = {name: jnp.ones((8, 5)) for name in "qkv"}
+    config, x = rl.LoraConfig(rank=2, alpha=1.0), jnp.ones((3, 8))
+
+    def model(p, x):
+        return sum((x @ p[name]) ** 2 for name in "qkv")
+
+    params, apply, _ = rl.adapt(model, base, x, config=config, key=jax.random.key(0))
+    program = jax.make_jaxpr(jax.grad(lambda x: apply(params, x).sum()))(x).jaxpr
+    through: dict[Any, set[str]] = {}
+    joined = []
+    for eqn in program.eqns:
+        sources = [through.get(v, set()) for v in eqn.invars if isinstance(v, Var)]
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == x.shape:
+            weight = any(v.aval.shape == (8, 5) for v in eqn.invars)
+            sources = [{"weight" if weight else "factor"}]
+        if eqn.primitive.name in {"jit", "pjit"}:
+            sources = [{"factor"}]
+        if eqn.primitive.name == "add_any":
+            joined.append(sources)
+        through |= dict.fromkeys(eqn.outvars, set().union(*sources))
+    assert joined.count([{"weight"}, {"weight"}]) == 2
