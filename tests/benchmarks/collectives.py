@@ -394,6 +394,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=Setting.rank)
     parser.add_argument("--no-remat", action="store_true")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed, JAX looks for a TPU
     jax.config.update("jax_num_cpu_devices", 8)
     meshes = [_mesh(text) for text in options.mesh or ()] or MESHES
     programs = by_cpu if options.compiler == "cpu" else by_tpu
