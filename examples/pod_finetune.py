@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line from t
 
 import dataclasses
 import functools
-import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -40,7 +39,6 @@ import texts
 from hosts import Losses, connect, leaving_nobody_waiting, mesh_of, say
 from llama import SPECS
 from rslora_jax.checkpoint import Preemption, Runs, RunState
-from rslora_jax.paths import flatten
 from rslora_jax.sharding import init_sharded, shardings
 from tasks import ROWS, Task, smollm2, tiny
 
@@ -168,9 +166,7 @@ def adapt(task: Task, mesh: Mesh, options: Options) -> Trained:
     params, apply, sites = rl.adapt(
         task.model.apply, task.variables, example(options), config=config, key=key
     )
-    paths = flatten(task.variables).paths
-    used = [pair for pair in SPECS if any(re.fullmatch(pair[0], path) for path in paths)]
-    places = shardings(mesh, params, sites, used)
+    places = shardings(mesh, params, sites, SPECS)
     tx = optax.adam(optax.warmup_constant_schedule(0.0, options.learning_rate, WARMUP))
     lora, opt_state = init_sharded(key, sites, config, places.lora, tx)
     order = {"seed": options.seed, "batch": options.batch, "text": zlib.crc32(task.table.tobytes())}

@@ -194,10 +194,6 @@ ERRORS = {
         {"w": P(None, None, "fsdp"), "bias": P()},
         r"'w' has the spec P\(None, None, 'fsdp'\) with 3 entries.*2 axes",
     ),
-    "a pattern of nothing": (
-        [("weight", P()), (".*", P())],
-        r"base spec for 'weight' matches nothing.*nearest are 'w'",
-    ),
     "no regex": ([("*", P())], r"'\*', which is no regular expression"),
     "a name for a spec": ({"w": "fsdp", "bias": P()}, r"'w' is read from a PartitionSpec.*'fsdp'"),
 }

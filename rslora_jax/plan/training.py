@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -182,9 +181,7 @@ def full(run: Run) -> Variant:
 def _base(run: Run, dtype: Any = jnp.bfloat16) -> Any:
     structs = llama.structs(run.model, dtype)
     flat = flatten(structs)
-    # Only some families have biases, and a rule that matches nothing is refused.
-    rules = [rule for rule in RULES if any(re.fullmatch(rule[0], path) for path in flat.paths)]
-    specs = sharding.base_specs(rules, structs)
+    specs = sharding.base_specs(RULES, structs)
     leaves = zip(flat.paths, flat.leaves, strict=True)
     return unflatten(flat, [run.placed(leaf, *specs[path]) for path, leaf in leaves])
 

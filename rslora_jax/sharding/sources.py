@@ -41,7 +41,8 @@ def base_specs(
           `nn.LogicallyPartitioned`, an `nnx.Variable`) speaks by its metadata, and any other
           array by its ``.sharding``;
         - ``[(pattern, spec), ...]``: a regex that must match the whole path, of which the first
-          match wins. Parameters that none matches have no spec; scalars are not sharded.
+          match wins. Those of a model family may match nothing in one model. Parameters that
+          none matches have no spec; scalars are not sharded.
       params: the base's parameters, if the source is to be held against them: then their
         structures must agree, and every spec is filled up with None to the weight's axes.
         Regex rules need them.
@@ -54,7 +55,7 @@ def base_specs(
 
     Raises:
       AdapterError: if the source has another structure than `params`, a spec is longer than
-        its weight has axes, a pattern matches nothing, a box has logical names without rules,
+        its weight has axes, a pattern is no regex, a box has logical names without rules,
         or a sharding has no PartitionSpec.
 
     Example:
@@ -77,7 +78,7 @@ def base_specs(
 
 
 def read_specs(
-    source: Source, paths: Any, *, rules: AxisRules | None = None, whole: bool = True
+    source: Source, paths: Any, *, rules: AxisRules | None = None
 ) -> dict[str, PartitionSpec]:
     """The specs that a source holds, as they stand there.
 
@@ -85,22 +86,22 @@ def read_specs(
       source: as in `base_specs`.
       paths: what regex rules are matched with; None where no path is known.
       rules: logical axis rules.
-      whole: `paths` are all parameters, so that a pattern must match one of them.
     """
     if are_pairs(source):
-        return _matched(source, paths, rules, whole)
+        return _matched(source, paths, rules)
     nodes = jax.tree_util.tree_leaves_with_path(source, is_leaf=_is_leaf)
     named = ((jax.tree_util.keystr(k, simple=True, separator="/"), node) for k, node in nodes)
     return {path: _plain(_read(path, node, rules)) for path, node in named}
 
 
-def _matched(source: Any, paths: Any, rules: Any, whole: bool) -> dict[str, PartitionSpec]:
+def _matched(source: Any, paths: Any, rules: Any) -> dict[str, PartitionSpec]:
     if paths is None:
         raise AdapterError(
             "Regex rules for base specs need the paths that they are to match. Pass the base's "
             "parameters as well: base_specs(rules, params)."
         )
-    check_pairs(source, paths if whole else None, "base spec")
+    # They may be those of a family, of which this model lacks the biases, say.
+    check_pairs(source, None, "base spec")
     found = {path: first_match(source, path, _ABSENT) for path in paths}
     return {
         path: _plain(_read(path, spec, rules))

@@ -52,9 +52,7 @@ def specs(
       >>> specs({"q": {"kernel": PartitionSpec("fsdp", "tensor")}}, [site])
       {'q': {'kernel': {'a': P('fsdp', None), 'b': P(None, 'tensor', None)}}}
     """
-    left = getattr(sites, "left", None)
-    paths = [site.path for site in (*sites, *(left or ()))]
-    found = read_specs(source, paths, rules=rules, whole=left is not None)
+    found = read_specs(source, [site.path for site in sites], rules=rules)
     policies = policies_of(policy, [site.path for site in sites])
     tree: dict[str, Any] = {}
     for site in sites:

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,7 +106,7 @@ def ways(setting: Setting, mesh: Mesh | AbstractMesh, policies: Iterable[str]) -
     params, apply, sites = _adapted(setting, mesh, model, base, tokens)
     found = {}
     for name in policies:
-        places = sharding.shardings(mesh, params, sites, _specs(base), POLICIES[name])
+        places = sharding.shardings(mesh, params, sites, SPECS, POLICIES[name])
         args = jax.tree.map(_struct, params, places)
         found[FROZEN] = Way(functools.partial(frozen_step, model), (args.base, tokens))
         step = functools.partial(adapted_step, apply, jax.tree.map(lambda p: p.spec, places.lora))
@@ -157,12 +156,6 @@ def _adapted(
     config = rl.LoraConfig(rank=setting.rank, alpha=16.0)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return rl.adapt(model.apply, base, tokens, config=config, key=jax.random.key(1))
-
-
-def _specs(base: Any) -> list[Any]:
-    """The pairs of `SPECS` that this model, which has no biases, needs."""
-    paths = flatten(base).paths
-    return [pair for pair in SPECS if any(re.fullmatch(pair[0], path) for path in paths)]
 
 
 def _struct(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
@@ -362,7 +355,7 @@ def memory(mesh: Mapping[str, int], config: LlamaConfig, rank: int) -> Table:
     params, _, sites = _adapted(setting, abstract, model, base, tokens)
     rows = []
     for name, policy in POLICIES.items():
-        places = sharding.shardings(abstract, params, sites, _specs(base), policy)
+        places = sharding.shardings(abstract, params, sites, SPECS, policy)
         shards = jax.tree.map(lambda s, p: math.prod(p.shard_shape(s.shape)), params, places).lora
         elements = sum(jax.tree.leaves(shards))
         rows.append({"factors": name, "MiB": elements * 4 / 2**20, "x 4": elements * 16 / 2**20})
