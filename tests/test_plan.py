@@ -329,13 +329,17 @@ def test_ctrl_c_ends_the_compiler(monkeypatch, tmp_path):
     assert wait_until(lambda: all(map(ended, (tmp_path / "pids").read_text().split())))
 
 
-def test_a_compiler_whose_planner_is_killed_ends_itself(tmp_path):
+def test_a_compiler_whose_planner_is_killed_ends_itself_and_leaves_nothing(tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "program.bin").write_bytes(b"program")
     code = f"""
 import subprocess, sys, time
 child = "import runpy, sys, time; m = runpy.run_path({str(compiling.CHILD)!r}); \
-import os, threading; threading.Thread(target=m['_watch'], args=(os.getppid(),)).start(); \
+import os, threading; given = m['Path'](sys.argv[1]); \
+threading.Thread(target=m['_watch'], args=(os.getppid(), given)).start(); \
 print(os.getpid(), flush=True); time.sleep(60)"
-subprocess.Popen([sys.executable, "-c", child])
+subprocess.Popen([sys.executable, "-c", child, {str(given)!r}])
 time.sleep(60)
 """
     planner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -344,6 +348,20 @@ time.sleep(60)
         pid = planner.stdout.readline().strip()
         planner.kill()
     assert wait_until(lambda: ended(pid))
+    assert not given.exists()
+
+
+def test_text_that_is_not_as_expected_is_not_counted_and_hides_nothing(monkeypatch, tmp_path):
+    answer = json.dumps({**ANSWER, "hlo": "HloModule changed"})
+    code = f"pathlib.Path(sys.argv[1], 'answer.json').write_text({answer!r})"
+
+    def changed(text):
+        return {}["replica_groups"]
+
+    monkeypatch.setattr(sys.modules["rslora_jax.plan.plan"], "parse", changed)
+    found = plan(jnp.sin, (1.0,), **run_instead(monkeypatch, tmp_path, code))
+    said = "the text of the compiled program is not as expected (KeyError: 'replica_groups')"
+    assert found.fits and (found.flops, found.unknown) == (None, (said,))
 
 
 def test_a_program_whose_text_cannot_be_read_still_fits(monkeypatch, tmp_path):

@@ -87,6 +87,10 @@ def test_a_small_model_is_planned_for_v5e(config, tmp_path, capsys):
         (["--mesh", "sequence=4", "--length", "6"], "The length is 6, which the mesh axes seq"),
         (["--mesh", "fsdp=4", "--no-frozen", "--rank"], "There is nothing to plan"),
         (["--mesh", "fsdp=4", "--rank", "0"], "LoraConfig.rank must be an int of at least 1"),
+        (["--mesh", "fsdp=4", "--batch", "0"], "The batch of a step is 0. Use at least 1"),
+        (["--mesh", "fsdp=4", "--length", "0"], "The length of a step is 0. Use at least 1"),
+        (["--mesh", "fsdp=4", "--json", "."], "--json is the file to write, and . is a folder"),
+        (["--mesh", "fsdp=4", "--json", __file__ + "/a/b"], "b, but its folder cannot be made"),
         (["--mesh", "fsdp=3", "--batch", "3"], "The mesh fsdp=3 has 3 devices, but v5e:2x2 has 4"),
     ],
 )

@@ -26,6 +26,9 @@ VARIANTS = {
 }
 
 
+LLAMA3 = {"rope_type": "llama3"}
+
+
 def weights(model):
     """Random parameters, none of them zero or one: biases and norms must count."""
     rng = np.random.default_rng(2)
@@ -129,6 +132,14 @@ def test_other_families_keep_what_sets_them_apart(tmp_path):
     assert (old.kv_heads, old.head_dim) == (32, 64)
 
 
+def test_null_is_as_good_as_no_key(tmp_path):
+    nulls = {"rope_scaling": LLAMA3 | {"factor": None}}
+    file = written(tmp_path, **nulls) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": None}))
+    found = find_model(str(file))
+    assert (found.eps, found.scaling) == (1e-6, RopeScaling(8.0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -137,6 +148,19 @@ def test_other_families_keep_what_sets_them_apart(tmp_path):
         ({"hidden_size": "big"}, r"config.json: hidden_size must be an integer .*'big'"),
         ({"num_key_value_heads": 5}, r"config.json: num_attention_heads must be .* 32 and 5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "mixes layers of the kinds"),
+        ({"layer_types": 5}, "config.json: layer_types must be a list of names, found 5"),
+        ({"rope_theta": "x"}, "config.json: rope_theta must be a number above 0, found 'x'"),
+        ({"rms_norm_eps": -1}, "config.json: rms_norm_eps must be a number above 0, found -1"),
+        ({"rope_scaling": [1]}, r"config.json: rope_scaling must be an object, found \[1\]"),
+        ({"rope_scaling": LLAMA3 | {"factor": True}}, "factor must be a number above 0, found Tr"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": "8k"}},
+            "original_max_position_embeddings must be an integer of at least 1, found '8k'",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": "a"},
+            "config.json: sliding_window must be an integer of at least 1, found 'a'",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_planned_says_what_was_found(tmp_path, changes, message):

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from rslora_jax.commands.planned import change, print_plans, write_plans
+from rslora_jax.commands.planned import change, check_target, print_plans, write_plans
 from rslora_jax.paths import AdapterError
 from rslora_jax.plan import advice, training
 from rslora_jax.plan.advice import Advice
@@ -95,6 +95,8 @@ def plan(  # noqa: PLR0913, PLR0917 - every flag is a choice of the run that is 
     run = Run(find_model(model), _mesh(mesh), batch, length, Layout(remat))
     check_mesh(run.mesh, find_topology(topology, num_slices))
     makers = _makers(rank, frozen=frozen, full=full)
+    if json is not None:
+        check_target(json)  # now: the first compilation may take minutes
     ask = _Asker(topology, num_slices, time_limit, cache)
     plans = _asked(ask, run, makers)
     print_plans(run, plans)

@@ -1,18 +1,20 @@
 """Planned: what `rslora plan` prints and writes of its plans."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rslora_jax.files import whole_file
+from rslora_jax.paths import AdapterError
 from rslora_jax.plan.advice import Advice, written
 from rslora_jax.plan.report import Plan, compare
 from rslora_jax.plan.training import Run
-from rslora_jax.tables import Table
+from rslora_jax.tables import Table, cell
 from rslora_jax.terminal import show
 
-__all__ = ["change", "print_plans", "write_plans"]
+__all__ = ["change", "check_target", "print_plans", "write_plans"]
 
 GIB = 2**30
 ORDER = ("fits", "peak GiB", "spare GiB", "base GiB", "lora GiB", "optimizer GiB", "batch GiB")
@@ -24,7 +26,7 @@ def print_plans(run: Run, plans: Sequence[Plan]) -> None:
     first = plans[0]
     slices = f"{first.num_slices} x " if first.num_slices > 1 else ""
     title = f"{run.model.name} on {slices}{first.topology} as {written(run.mesh)}, for each device"
-    show(_beside(compare(plans)), title, "\n".join(map(_verdict, plans)))
+    show(_beside(plans), title, "\n".join(map(_verdict, plans)))
     traffic = _traffic(plans)
     if traffic.rows:
         show(traffic, "Collectives of a step: how many / GB that a device sends")
@@ -33,13 +35,24 @@ def print_plans(run: Run, plans: Sequence[Plan]) -> None:
         print(f"Not counted: {'; '.join(unknown)}.\n")
 
 
-def _beside(table: Table) -> Table:
+def _beside(plans: Sequence[Plan]) -> Table:
     """One column for each plan, one row for each figure."""
+    table = compare(plans)
     known = [name for name in ORDER if name in table.columns]
     names = known + [name for name in table.columns if name not in (*SHARED, *known)]
-    rows = [(name, *table.column(name)) for name in names]
+    rows = [(name, *_figures(name, table.column(name), plans)) for name in names]
     kept = [row for row in rows if any(value is not None for value in row[1:])]
     return Table(("", *table.column("step")), tuple(kept))
+
+
+def _figures(name: str, column: Sequence[Any], plans: Sequence[Plan]) -> list[Any]:
+    """A column of `compare`; seconds that nobody waited for now are marked."""
+    if name != "compile s":
+        return list(column)
+    return [
+        f"{cell(value)} (an earlier answer, kept)" if one.cached and value is not None else value
+        for value, one in zip(column, plans, strict=True)
+    ]
 
 
 def _verdict(one: Plan) -> str:
@@ -72,6 +85,26 @@ def change(found: Advice | None) -> str:
     return f"the nearest change that fits is {found.change}: {found.plan.need / GIB:.2f} GiB."
 
 
+def check_target(file: Path) -> None:
+    """Makes the folder of the file to be written, or says why it cannot be.
+
+    Raises:
+      AdapterError: if it is a folder, or its own folder cannot be made or written to.
+    """
+    if file.is_dir():
+        raise AdapterError(
+            f"--json is the file to write, and {file} is a folder. Name a file in it."
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterError(
+            f"--json is {file}, but its folder cannot be made: {error.strerror}. Name another file."
+        ) from error
+    if not os.access(file.parent, os.W_OK):
+        raise AdapterError(f"--json is {file}, but its folder is read-only. Name another file.")
+
+
 def write_plans(
     file: Path, run: Run, plans: Iterable[Plan], tried: Mapping[str, Sequence[Advice]]
 ) -> None:
@@ -92,7 +125,6 @@ def write_plans(
         ]
         for name, found in tried.items()
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as temporary:
         temporary.write_text(json.dumps(told, indent=2) + "\n")
     print(f"written: {file}")

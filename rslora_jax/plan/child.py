@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -109,13 +110,18 @@ def _sharding(mesh: Any, spec: list[list[str] | None]) -> Any:
     return NamedSharding(mesh, PartitionSpec(*(tuple(entry) if entry else None for entry in spec)))
 
 
-def _watch(parent: int) -> None:
-    # A planner that is killed outright cannot end its child, which would compile on for minutes.
+def _watch(parent: int, folder: Path) -> None:
+    # A planner that is killed outright cannot end its child, which would compile on for minutes,
+    # nor remove the folder that it made.
     while os.getppid() == parent:
         time.sleep(1.0)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    main(Path(sys.argv[1]))
+    given, planner = Path(sys.argv[1]), os.getppid()
+    threading.Thread(target=_watch, args=(planner, given), daemon=True).start()
+    main(given)
+    if os.getppid() != planner:
+        shutil.rmtree(given, ignore_errors=True)

@@ -165,9 +165,12 @@ def _counted(text: str, where: Topology) -> dict[str, Any]:
     try:
         module = parse(text)
         count, found = count_of(module), collectives_of(module)
+        bounds = roofline(count, found, where.chip)
     except AdapterError as error:
         return {"unknown": (str(error),)}
-    bounds = roofline(count, found, where.chip)
+    except (LookupError, ValueError, TypeError) as error:  # another libtpu may print other text
+        said = f"{type(error).__name__}: {error}"
+        return {"unknown": (f"the text of the compiled program is not as expected ({said})",)}
     return {
         "flops": count.flops,
         "hbm_bytes": count.hbm_bytes,

@@ -129,44 +129,73 @@ def _sizes(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     shape = {"vocab": size("vocab_size"), "width": width, "ff": size("intermediate_size")}
     shape |= {"layers": size("num_hidden_layers"), "heads": heads, "kv_heads": kv_heads}
-    return shape | {"head_dim": size("head_dim", width // heads)} | _constants(config)
+    return shape | {"head_dim": size("head_dim", width // heads)} | _constants(file, config)
 
 
-def _constants(config: Mapping[str, Any]) -> dict[str, Any]:
+def _constants(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     qwen2, bias = config["model_type"] == "qwen2", bool(config.get("attention_bias", False))
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**_object(file, "rope_scaling", config), **_object(file, "rope_parameters", config)}
+    theta = {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
     windowed = config.get("use_sliding_window", config["model_type"] == "mistral")
     return {
         "tied": bool(config.get("tie_word_embeddings", False)),
-        "theta": float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        "eps": float(config.get("rms_norm_eps", 1e-6)),
-        "scaling": _scaling(rope),
+        "theta": _number(file, "rope_theta", theta, 10_000.0),
+        "eps": _number(file, "rms_norm_eps", config, 1e-6),
+        "scaling": _scaling(file, rope),
         "qkv_bias": qwen2 or bias,
         "o_bias": bias and not qwen2,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "qk_norm": config["model_type"] == "qwen3",
-        "window": config.get("sliding_window") if windowed else None,
+        "window": _window(file, config) if windowed else None,
     }
 
 
-def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def _window(file: Path, config: Mapping[str, Any]) -> int | None:
+    found = config.get("sliding_window")
+    return None if found is None else _whole(file, "sliding_window", found)
+
+
+def _scaling(file: Path, rope: Mapping[str, Any]) -> RopeScaling | None:
     # Other kinds change the angles too, and no shape and no cost: they are planned without.
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
-    names = {"low": "low_freq_factor", "high": "high_freq_factor"}
-    numbers = {mine: float(rope[key]) for mine, key in names.items() if key in rope}
-    original = int(rope.get("original_max_position_embeddings", 8192))
-    return RopeScaling(float(rope.get("factor", 8.0)), **numbers, original=original)
+    original = rope.get("original_max_position_embeddings")
+    return RopeScaling(
+        _number(file, "factor", rope, 8.0),
+        _number(file, "low_freq_factor", rope, 1.0),
+        _number(file, "high_freq_factor", rope, 4.0),
+        _whole(file, "original_max_position_embeddings", 8192 if original is None else original),
+    )
 
 
 def _check_plain(file: Path, config: Mapping[str, Any]) -> None:
     """Refuses layers that differ from one another, which one scan cannot hold."""
-    kinds = set(config.get("layer_types") or ())
+    told = config.get("layer_types") or []
+    if not isinstance(told, list) or not all(isinstance(kind, str) for kind in told):
+        raise AdapterError(f"{file}: layer_types must be a list of names, found {told!r}.")
+    kinds = set(told)
     if len(kinds) > 1:
         raise AdapterError(
             f"{file} mixes layers of the kinds {sorted(kinds)}, and the planner's layers are all "
             "alike. Call `rslora_jax.plan.plan` with your own training step."
         )
+
+
+def _object(file: Path, key: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise AdapterError(f"{file}: {key} must be an object, found {found!r}.")
+    return found or {}
+
+
+def _number(file: Path, key: str, config: Mapping[str, Any], default: float) -> float:
+    """A number above 0; null is as good as none, as in Hugging Face's own reader."""
+    found = config.get(key)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or found <= 0:
+        raise AdapterError(f"{file}: {key} must be a number above 0, found {found!r}.")
+    return float(found)
 
 
 def _whole(file: Path, key: str, value: Any) -> int:

@@ -210,9 +210,11 @@ def _within(mesh: Mapping[str, int], spec: PartitionSpec) -> PartitionSpec:
 
 
 def _check_divides(what: str, size: int, mesh: Mapping[str, int], axes: tuple[str, ...]) -> None:
+    if size < 1:
+        raise AdapterError(f"{what} of a step is {size}. Use at least 1.")
     used = {name: mesh[name] for name in axes if name in mesh}
     parts = math.prod(used.values())
-    if size < 1 or size % parts:
+    if size % parts:
         written = ",".join(f"{name}={length}" for name, length in used.items())
         raise AdapterError(
             f"{what} is {size}, which the mesh axes {written} do not divide into {parts} parts. "
