@@ -128,6 +128,13 @@ def prepare(options: Options) -> None:
     for name in (*names, "keep_last", "processes"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name} must be above 0, found {getattr(options, name)}")
+    if options.fsdp is not None and options.fsdp < 1:
+        raise ValueError(f"fsdp must be above 0, found {options.fsdp}")
+    if not 0 <= options.process_id < options.processes:
+        raise ValueError(
+            f"process_id must be from 0 to {options.processes - 1}, one of the {options.processes} "
+            f"processes, found {options.process_id}"
+        )
     if options.coordinator is None and options.processes > 1:
         raise ValueError("processes needs coordinator, such as --coordinator localhost:9911")
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Var
 
@@ -156,9 +157,11 @@ def beside(walk: Walk, x: Any) -> Any:
     All products with factors that share `x` get the same one, so that their gradients into it
     are summed apart from those of the weights. On a mesh each gradient through a split weight
     is a sum over devices: XLA communicates once for all that are added to one another, and
-    would for each of them with a gradient through factors, which is complete, in between.
+    would for each of them with a gradient through factors, which is complete, in between. An
+    activation that a backward pass keeps for another use too is kept twice where XLA does not
+    see that they are one (on a CPU, in a scan without remat; the TPU's does).
     """
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         return x
     if id(x) not in walk.forks:
         walk.forks[id(x)] = x, jnp.copy(x)
@@ -183,10 +186,10 @@ def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaq
     if not value.factors:
         return _discovered(walk, eqn, value, reason, kind)
     if kind == "opaque" and not (value.merge or value.rows):
+        ask = "Exclude it" if reason else "Adapt with an example call that shows this use"
         raise AdapterError(
             f"{value.path!r} has an adapter, but {describe_use(walk, eqn, reason)} uses the weight "
-            "in a way that the example call of `adapt` did not show. Adapt with an example "
-            "that does, or set LoraConfig(unsupported='merge')."
+            f"in a way that has no low-rank form. {ask}, or set LoraConfig(unsupported='merge')."
         )
     return walk.whole(value)
 

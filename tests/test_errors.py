@@ -644,7 +644,7 @@ def test_a_use_that_the_example_did_not_show_is_refused_when_it_comes():
         return sorting(p, x) if late else model(p, x)
 
     params, apply, _ = adapt(apply_fn)
-    message = f"'layer/kernel' has an adapter, but `sort` at .*{HERE}.*example call of `adapt`"
+    message = f"'layer/kernel' has an adapter, but `sort` at .*{HERE}.*example call that shows this"
     with pytest.raises(rl.AdapterError, match=message):
         apply(params, X, late=True)
 
@@ -694,7 +694,7 @@ def test_a_repeated_convolution_kernel_is_refused_as_a_use_and_not_as_a_bad_exam
         rl.AdapterError, match=f"'conv'.*conv_general_dilated` at .*{HERE}"
     ) as caught:
         adapt(spread, SPREAD, targets=["conv"])
-    assert "that the example call of `adapt` did not show" not in str(caught.value)
+    assert "example call" not in str(caught.value)
 
 
 def test_a_repeated_convolution_kernel_can_be_merged():

@@ -165,6 +165,54 @@ def test_the_batch_that_fits_is_reckoned_before_it_is_compiled():
     assert asked[1:3] == ["remat full", "mesh fsdp=2,tensor=2, remat full"] and len(asked) == 5
 
 
+def test_copies_of_the_weights_are_split_before_anything_else_of_the_mesh():
+    model = find_model("llama-3.2-1b")
+    assert advice.meshes(training.Run(model, {"data": 4}, 8, 64)) == [
+        {"fsdp": 4},
+        {"fsdp": 2, "tensor": 2},
+        {"fsdp": 1, "tensor": 4},
+    ]
+    found = advice.meshes(training.Run(model, {"data": 2, "tensor": 2}, 8, 64))
+    assert list(found[0].items()) == [("fsdp", 2), ("tensor", 2)]
+    assert {"data": 1, "fsdp": 4} not in advice.meshes(
+        training.Run(model, {"data": 1, "fsdp": 4}, 8, 64)
+    )
+
+
+def test_less_is_recomputed_before_more():
+    run = dataclasses.replace(RUN, layout=Layout("none"))
+
+    def planner(what, run):
+        return reckoned({"none": 20, "dots": 16, "full": 8}[run.layout.remat])
+
+    assert advice.nearest_fit(run, planner("", run), planner).change == "remat dots"
+
+
+@pytest.mark.parametrize(("have", "change"), [(10, "batch 8"), (7.9, "batch 4")])
+def test_batches_are_the_multiples_that_the_mesh_divides(have, change):
+    run = training.Run(dataclasses.replace(TINY, heads=3, kv_heads=3), {"fsdp": 4}, 12, 64)
+
+    def planner(what, run):
+        asked.append(what)
+        return reckoned(run.batch, fits=run.batch <= have, have=int(have * GIB))
+
+    asked = []
+    assert advice.nearest_fit(run, planner("as asked", run), planner).change == change
+    assert len(asked) == 2  # no mesh goes with three heads, and the batch is reckoned
+
+
+def test_changes_that_the_mesh_does_not_divide_are_left_out():
+    run = training.Run(TINY, {"fsdp": 2, "sequence": 2}, 2, 6)
+    asked = []
+
+    def planner(what, run):
+        asked.append(run)
+        return reckoned(99)
+
+    assert advice.nearest_fit(run, reckoned(99), planner) is None
+    assert {one.length for one in asked} == {6}
+
+
 def test_when_nothing_fits_it_says_so():
     assert advice.nearest_fit(RUN, reckoned(99), lambda what, run: reckoned(99)) is None
     assert not any(one.fits for one in advice.advise(RUN, lambda what, run: reckoned(99)))

@@ -72,7 +72,8 @@ def exchange(text: str) -> tuple[str, ...]:
 def together() -> Iterator[None]:
     """An error that the block raises on one process is raised on all of them.
 
-    The block itself must not wait for the other processes.
+    Where the block itself waits for the others, as Orbax's barriers do, an error ahead of that
+    is told only when their time is up.
 
     Raises:
       AdapterError: if another process raised one, with its number and what it said.

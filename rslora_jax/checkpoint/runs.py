@@ -180,8 +180,13 @@ class Runs:
         return tuple(sorted(self._manager.all_steps()))
 
     def latest(self) -> int | None:
-        """The newest complete step, or None; waits for a save in progress."""
-        return max(self.steps(), default=None)
+        """The newest complete step, or None; waits for a save in progress.
+
+        All processes are to call it: a shared disk may show them different listings, of which
+        that of process 0 counts.
+        """
+        found = exchange(str(max(self.steps(), default="")))[0]
+        return int(found) if found else None
 
     def path(self, step: int) -> Path:
         """The folder of a step, which `rslora_jax.checkpoint.restore` reads as adapters."""

@@ -73,9 +73,8 @@ def advise(run: Run, planner: Planner, most: int = 6) -> tuple[Advice, ...]:
     for change, other in alternatives(run)[:most]:
         tried.append(_tried(change, other, planner))
     if not any(one.fits for one in tried):
-        known = [one.run for one in tried]
         asked = tried[0].plan
-        tried += _until_fit(run, asked, known, planner, most) if asked is not None else []
+        tried += _until_fit(run, asked, tried, planner, most) if asked is not None else []
     return tuple(sorted(tried, key=_rank))
 
 
@@ -100,7 +99,7 @@ def nearest_fit(run: Run, plan: Plan, planner: Planner, most: int = 6) -> Advice
       >>> nearest_fit(run, planner("as asked", run), planner).change
       'batch 16'
     """
-    tried = _until_fit(run, plan, [run], planner, most)
+    tried = _until_fit(run, plan, [Advice("as asked", run, plan)], planner, most)
     return tried[-1] if tried and tried[-1].fits else None
 
 
@@ -108,7 +107,7 @@ def alternatives(run: Run, others: int = 3) -> list[tuple[str, Run]]:
     """The run itself, the nearest other meshes, and the other remat policies."""
     found = [("as asked", run)]
     for mesh in meshes(run)[:others]:
-        found.append((f"mesh {written(mesh)}", dataclasses.replace(run, mesh=mesh)))
+        found.extend(_changed(f"mesh {written(mesh)}", run, mesh=mesh))
     for remat in ("full", "dots", "none"):
         if remat != run.layout.remat:
             found.append((f"remat {remat}", _with_layout(run, remat=remat)))
@@ -118,7 +117,8 @@ def alternatives(run: Run, others: int = 3) -> list[tuple[str, Run]]:
 def meshes(run: Run) -> list[dict[str, int]]:
     """Other splits of the same devices into fsdp and tensor, the nearest first.
 
-    Only what the batch and the heads divide into is listed; the other axes stay.
+    Only what the batch and the heads divide into is listed. Copies of the weights along a data
+    axis cost memory and no split of them does, so its devices are split too; others stay.
 
     Example:
       >>> from rslora_jax.plan.models import find_model
@@ -127,11 +127,20 @@ def meshes(run: Run) -> list[dict[str, int]]:
       [{'fsdp': 64, 'tensor': 4}, {'fsdp': 16, 'tensor': 16}]
     """
     now = run.mesh.get(TENSOR, 1)
-    devices = run.mesh.get("fsdp", 1) * now
+    devices = _least_batch(run) * now
     sizes = [2**k for k in range(devices.bit_length()) if devices % 2**k == 0]
     sizes.sort(key=lambda size: abs(size.bit_length() - now.bit_length()))
-    found = ({**run.mesh, "fsdp": devices // size, TENSOR: size} for size in sizes if size != now)
-    return [mesh for mesh in found if run.model.heads % mesh[TENSOR] == 0 and _goes(run, mesh)]
+    kept = {axis: size for axis, size in run.mesh.items() if axis != "data" or size == 1}
+    found = [_split(kept, devices // size, size) for size in sizes]
+    asked = _split(run.mesh, run.mesh.get("fsdp", 1), now)
+    return [mesh for mesh in found if mesh != asked and _goes(run, mesh)]
+
+
+def _split(mesh: Mapping[str, int], fsdp: int, tensor: int) -> dict[str, int]:
+    """A mesh with other sizes; a tensor axis of one device is written only if it was."""
+    tensors = {TENSOR: tensor} if tensor > 1 or TENSOR in mesh else {}
+    first = {} if "fsdp" in mesh else {"fsdp": fsdp}  # the neighbours are along the last axes
+    return {**first, **mesh, "fsdp": fsdp, **tensors}
 
 
 def ranking(tried: Sequence[Advice]) -> Table:
@@ -150,21 +159,21 @@ def written(mesh: Mapping[str, int]) -> str:
 
 
 def _until_fit(
-    run: Run, plan: Plan, known: Sequence[Run], planner: Planner, most: int
+    run: Run, plan: Plan, known: Sequence[Advice], planner: Planner, most: int
 ) -> list[Advice]:
     """Tries changes, the least first, until one fits."""
     tried: list[Advice] = []
     note = ""
     for stage in (_remats, _meshes, _batches, _lengths):
         for change, smaller in stage(run, plan):
-            if smaller in known:
+            if smaller in [one.run for one in known]:
                 continue
             tried.append(_tried(change + note, smaller, planner))
             if tried[-1].fits or len(tried) == most:
                 return tried
         if stage is _remats and run.layout.remat != "full":  # the others change that run further
             run, note = _with_layout(run, remat="full"), ", remat full"
-            plan = (tried[-1].plan if tried else None) or plan
+            plan = next((one.plan for one in (*known, *tried) if one.run == run), None) or plan
     return tried
 
 
@@ -172,32 +181,38 @@ _Changes: TypeAlias = Iterator[tuple[str, Run]]
 
 
 def _remats(run: Run, plan: Plan) -> _Changes:
-    if run.layout.remat != "full":
-        yield "remat full", _with_layout(run, remat="full")
+    for remat in ("dots", "full"):  # each keeps less than the one before
+        if run.layout.remat not in (remat, "full"):
+            yield f"remat {remat}", _with_layout(run, remat=remat)
 
 
 def _meshes(run: Run, plan: Plan) -> _Changes:
     for mesh in meshes(run)[:2]:
-        yield f"mesh {written(mesh)}", dataclasses.replace(run, mesh=mesh)
+        yield from _changed(f"mesh {written(mesh)}", run, mesh=mesh)
 
 
 def _batches(run: Run, plan: Plan) -> _Changes:
-    """Halvings of the batch, from the first that can suffice by what the compiler said."""
-    fixed = sum(plan.arguments.values())
-    batch, least = run.batch, _least_batch(run)
-    while batch % 2 == 0 and (batch // 2) % least == 0:
-        batch //= 2
-        share = (plan.need - fixed) * batch / run.batch
-        if fixed + share <= plan.have or batch == least:
-            yield f"batch {batch}", dataclasses.replace(run, batch=batch)
+    """The largest batch that can suffice by what the compiler said, then halves of it."""
+    fixed, least = sum(plan.arguments.values()), _least_batch(run)
+    most = (plan.have - fixed) * run.batch // max(1, plan.need - fixed)
+    parts = max(1, min(most, run.batch - 1) // least)
+    while parts and parts * least < run.batch:
+        yield from _changed(f"batch {parts * least}", run, batch=parts * least)
+        parts //= 2
 
 
 def _lengths(run: Run, plan: Plan) -> _Changes:
     batch = _least_batch(run)
     for length in (run.length // 2, run.length // 4):
-        if length:
-            change = f"batch {batch}, length {length}"
-            yield change, dataclasses.replace(run, batch=batch, length=length)
+        yield from _changed(f"batch {batch}, length {length}", run, batch=batch, length=length)
+
+
+def _changed(change: str, run: Run, **changes: object) -> list[tuple[str, Run]]:
+    """A run with changes; nothing where its mesh does not divide them."""
+    try:
+        return [(change, dataclasses.replace(run, **changes))]  # pyright: ignore[reportArgumentType]
+    except AdapterError:
+        return []
 
 
 def _least_batch(run: Run) -> int:
@@ -205,7 +220,7 @@ def _least_batch(run: Run) -> int:
 
 
 def _goes(run: Run, mesh: Mapping[str, int]) -> bool:
-    return run.batch % (mesh.get("data", 1) * mesh["fsdp"]) == 0
+    return run.model.heads % mesh.get(TENSOR, 1) == 0 and run.batch % mesh["fsdp"] == 0
 
 
 def _with_layout(run: Run, **changes: object) -> Run:

@@ -15,7 +15,11 @@ __all__ = ["DEFAULT", "NAMED", "Policy", "PolicyLike", "entry_names", "policies_
 Entry: TypeAlias = str | tuple[str, ...] | None
 
 DEFAULT = "inherit"
-"""The policy of a site that nothing else was asked for."""
+"""The policy of a site that nothing else was asked for.
+
+Chosen by `tests/benchmarks/collectives.py` and `rslora plan`: leaving the fsdp axis off sends
+less, 0.4 % of the network's time of an 8B model at rank 64 on v5e:16x16, and takes 0.95 GiB more
+of each chip; and nothing here need know which mesh axis is which."""
 
 
 @dataclasses.dataclass(frozen=True)
