@@ -63,11 +63,24 @@ def test_a_base_that_is_sharded_already_stays_where_it_is_and_draws_the_factors_
     assert found.lora["w"]["b"].sharding == NamedSharding(mesh, P(None, "tensor"))
 
 
-def test_a_base_on_one_device_is_replicated_with_its_factors(mesh):
+def test_a_base_on_one_device_is_replicated_with_its_factors_only_if_asked_to_be(mesh):
     params, _, sites = adapted()
-    assert all(
-        place.is_fully_replicated for place in jax.tree.leaves(placed(shard(params, mesh, sites)))
-    )
+    with pytest.raises(AdapterError, match=r"read off the base, and no weight.*Pass a source"):
+        shard(params, mesh, sites)
+    found = placed(shard(params, mesh, sites, [(".*", P())]))
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(found))
+
+
+def test_a_misspelt_pattern_does_not_leave_all_weights_whole(mesh):
+    params, _, sites = adapted()
+    with pytest.raises(AdapterError, match=r"'W'.*are to split weights, and match none.*'w'"):
+        shard(params, mesh, sites, [("W", P("fsdp", "tensor")), (".*", P())])
+
+
+def test_patterns_passed_as_logical_rules_are_refused(mesh):
+    params, _, sites = adapted()
+    with pytest.raises(AdapterError, match=r"rules are logical axis rules.*as the source"):
+        shard(params, mesh, sites, rules=[("w", P("fsdp", "tensor"))])
 
 
 def test_a_weight_that_is_kept_in_the_hosts_memory_stays_there():

@@ -107,8 +107,8 @@ def _check_twice(placing: Placing) -> None:
             axes = " and ".join(placing.words[k] for k in places)
             raise AdapterError(
                 f"{placing.name} has the spec {placing.spec}, which uses the mesh axis {name!r} "
-                f"for {axes}. A mesh axis can split one axis of an array: leave it off with "
-                f"Policy(without=({name!r},), ...), or split the rank by another axis."
+                f"for {axes}. A mesh axis can split one axis of an array: name it once; factors "
+                f"leave it off with Policy(without=({name!r},), ...)."
             )
 
 

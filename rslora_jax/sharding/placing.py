@@ -44,8 +44,8 @@ def shardings(
       its device's default, such as ``pinned_host``, keeps it.
 
     Raises:
-      AdapterError: as in `base_specs` and `specs`, and where names and sizes of `mesh` do not
-        fit a weight or a factor.
+      AdapterError: as in `base_specs` and `specs`, where names and sizes of `mesh` do not fit a
+        weight or a factor, and without a source if the base says nothing.
 
     Example:
       >>> import rslora_jax as rl
@@ -60,9 +60,11 @@ def shardings(
       (P('fsdp', None), P(None, 'tensor'))
     """
     mesh, params = mesh_of(mesh), _params(params)
-    source = params.base if source is None else source
     factors_of(params.lora, sites)
-    base = _base(mesh, params.base, source, rules)
+    base = _base(mesh, params.base, params.base if source is None else source, rules)
+    if source is None:
+        _check_told(mesh, params.base, base)
+        source = params.base
     if not params.lora:
         return LoraParams(base, {})
     lora = specs(source, sites, policy, mesh=mesh, rules=rules)
@@ -148,6 +150,18 @@ def _base(mesh: Mesh | AbstractMesh, base: Any, source: Source, rules: Any) -> A
         check_placing(Placing.of_weight(path, getattr(leaf, "shape", ()), spec), mesh)
         places.append(NamedSharding(mesh, spec, memory_kind=_memory_kind(leaf)))
     return unflatten(flat, places)
+
+
+def _check_told(mesh: Mesh | AbstractMesh, base: Any, places: Any) -> None:
+    """A base that says nothing must not be taken for one that is whole on every device."""
+    own = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(base))
+    told = any(isinstance(sharding, NamedSharding) for sharding in own)
+    if mesh.size > 1 and not told and not any(any(p.spec) for p in jax.tree.leaves(places)):
+        raise AdapterError(
+            "The base's shardings were to be read off the base, and no weight of it is on a mesh "
+            "or names an axis. Pass a source, such as [(pattern, PartitionSpec), ...]; "
+            '[(".*", PartitionSpec())] puts all of it on every device.'
+        )
 
 
 def _memory_kind(leaf: Any) -> str | None:

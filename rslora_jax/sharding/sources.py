@@ -55,8 +55,8 @@ def base_specs(
 
     Raises:
       AdapterError: if the source has another structure than `params`, a spec is longer than
-        its weight has axes, a pattern is no regex, a box has logical names without rules,
-        or a sharding has no PartitionSpec.
+        its weight has axes, no pattern that splits matches a weight, a box has logical names
+        without rules, or a sharding has no PartitionSpec.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,6 +70,7 @@ def base_specs(
     shapes = {p: tuple(getattr(x, "shape", ())) for p, x in zip(*flat[:2], strict=True)}
     found = read_specs(source, shapes, rules=rules)
     if are_pairs(source):
+        _check_splits(source, found)
         scalars = {path: PartitionSpec() for path, shape in shapes.items() if not shape}
         found = {**scalars, **found}
     else:
@@ -87,6 +88,7 @@ def read_specs(
       paths: what regex rules are matched with; None where no path is known.
       rules: logical axis rules.
     """
+    _check_rules(rules)
     if are_pairs(source):
         return _matched(source, paths, rules)
     nodes = jax.tree_util.tree_leaves_with_path(source, is_leaf=_is_leaf)
@@ -111,6 +113,25 @@ def _matched(source: Any, paths: Any, rules: Any) -> dict[str, PartitionSpec]:
 
 
 _ABSENT = object()
+
+
+def _check_rules(rules: AxisRules | None) -> None:
+    for name, value in rules or ():
+        if isinstance(value, PartitionSpec):
+            raise AdapterError(
+                f"rules are logical axis rules, such as ('embed', 'fsdp'), found {(name, value)}. "
+                "Pass (pattern, PartitionSpec) pairs as the source."
+            )
+
+
+def _check_splits(pairs: Any, found: dict[str, PartitionSpec]) -> None:
+    """A misspelt pattern must not leave every weight whole on every device."""
+    wished = [regex for regex, spec in pairs if isinstance(spec, PartitionSpec) and any(spec)]
+    if wished and not any(any(spec) for spec in found.values()):
+        raise AdapterError(
+            f"The patterns {wished} are to split weights, and match none. The nearest to "
+            f"{wished[0]!r} are {nearest(wished[0], found)}; a pattern must match a whole path."
+        )
 
 
 def _is_leaf(node: Any) -> bool:

@@ -56,8 +56,8 @@ def optimizer_shardings(
       A tree like ``tx.init(lora)``, of NamedShardings (of PartitionSpecs, if such were given).
 
     Raises:
-      AdapterError: if the shardings do not fit the factors, or the state holds moments of the
-        base and only the factors' shardings were given.
+      AdapterError: if `tx` is no transform, the shardings do not fit the factors, or the state
+        holds moments of the base and only the factors' shardings were given.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +67,10 @@ def optimizer_shardings(
       >>> adam.mu["w"]["b"], adam.count
       (P(None, 'tensor'), P())
     """
+    if not hasattr(tx, "init"):
+        raise AdapterError(
+            f"optimizer_shardings takes an Optax transform first, found {type(tx).__name__}."
+        )
     structs = jax.tree.map(_struct, lora)
     followed = _followed(structs, lora_shardings)
     state = flatten(jax.eval_shape(tx.init, structs))
