@@ -47,6 +47,12 @@ def leaving_nobody_waiting() -> Iterator[None]:
     """An error ends this process at once: the others, which may wait for it, are then told."""
     try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        lost = "Another process was lost, it seems. Start all of them again to go on."
+        print(f"process {jax.process_index()}: {lost}\n{error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Exception as error:
         expected = isinstance(error, OSError | ValueError)
         said = str(error) if expected else traceback.format_exc()

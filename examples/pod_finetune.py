@@ -208,6 +208,7 @@ def train(task: Task, trained: Trained, options: Options) -> None:
     rows = NamedSharding(jax.sharding.get_mesh(), ROWS)
     with Preemption() as notice, open_runs(trained, options) as runs:
         state = resume(runs, trained.start)
+        say(f"training from step {state.step}; the first step is compiled first")
         with Losses(options.output / "losses.jsonl", after=state.step) as log:
             while state.step < options.steps and not notice.received:
                 chosen = texts.order(state.step, len(task.table), options.batch, options.seed)
