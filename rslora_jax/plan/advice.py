@@ -19,6 +19,8 @@ __all__ = ["Advice", "Planner", "advise", "alternatives", "meshes", "nearest_fit
 Planner: TypeAlias = Callable[[str, Run], Plan]
 """``planner(what, run)`` compiles a run; `what` is said in the meantime."""
 
+_Changes: TypeAlias = Iterator[tuple[str, Run]]
+
 GIB = 2**30
 
 
@@ -69,9 +71,7 @@ def advise(run: Run, planner: Planner, most: int = 6) -> tuple[Advice, ...]:
       >>> [one.change for one in tried]
       ['remat dots', 'remat none', 'as asked']
     """
-    tried = []
-    for change, other in alternatives(run)[:most]:
-        tried.append(_tried(change, other, planner))
+    tried = [_tried(change, other, planner) for change, other in alternatives(run)[:most]]
     if not any(one.fits for one in tried):
         asked = tried[0].plan
         tried += _until_fit(run, asked, tried, planner, most) if asked is not None else []
@@ -136,13 +136,6 @@ def meshes(run: Run) -> list[dict[str, int]]:
     return [mesh for mesh in found if mesh != asked and _goes(run, mesh)]
 
 
-def _split(mesh: Mapping[str, int], fsdp: int, tensor: int) -> dict[str, int]:
-    """A mesh with other sizes; a tensor axis of one device is written only if it was."""
-    tensors = {TENSOR: tensor} if tensor > 1 or TENSOR in mesh else {}
-    first = {} if "fsdp" in mesh else {"fsdp": fsdp}  # the neighbours are along the last axes
-    return {**first, **mesh, "fsdp": fsdp, **tensors}
-
-
 def ranking(tried: Sequence[Advice]) -> Table:
     """What was tried as a table, in the order given."""
     return Table.of(_row(one) for one in tried)
@@ -162,8 +155,7 @@ def _until_fit(
     run: Run, plan: Plan, known: Sequence[Advice], planner: Planner, most: int
 ) -> list[Advice]:
     """Tries changes, the least first, until one fits."""
-    tried: list[Advice] = []
-    note = ""
+    tried, note = list[Advice](), ""
     for stage in (_remats, _meshes, _batches, _lengths):
         for change, smaller in stage(run, plan):
             if smaller in [one.run for one in known]:
@@ -175,9 +167,6 @@ def _until_fit(
             run, note = _with_layout(run, remat="full"), ", remat full"
             plan = next((one.plan for one in (*known, *tried) if one.run == run), None) or plan
     return tried
-
-
-_Changes: TypeAlias = Iterator[tuple[str, Run]]
 
 
 def _remats(run: Run, plan: Plan) -> _Changes:
@@ -215,6 +204,13 @@ def _changed(change: str, run: Run, **changes: object) -> list[tuple[str, Run]]:
         return []
 
 
+def _split(mesh: Mapping[str, int], fsdp: int, tensor: int) -> dict[str, int]:
+    """A mesh with other sizes; a tensor axis of one device is written only if it was."""
+    tensors = {TENSOR: tensor} if tensor > 1 or TENSOR in mesh else {}
+    first = {} if "fsdp" in mesh else {"fsdp": fsdp}  # the neighbours are along the last axes
+    return {**first, **mesh, "fsdp": fsdp, **tensors}
+
+
 def _least_batch(run: Run) -> int:
     return run.mesh.get("data", 1) * run.mesh.get("fsdp", 1)
 
@@ -241,16 +237,14 @@ def _rank(one: Advice) -> tuple[bool, bool, float, float]:
 
 
 def _row(one: Advice) -> dict[str, object]:
-    found = {"change": one.change}
     if one.plan is None:
-        return {**found, "fits": f"refused: {one.refusal}"}
-    milliseconds = one.plan.step_seconds and 1e3 * one.plan.step_seconds
+        return {"change": one.change, "fits": f"refused: {one.refusal}"}
     return {
-        **found,
+        "change": one.change,
         "fits": "yes" if one.plan.fits else "no",
         "peak GiB": one.plan.need / GIB,
         "spare GiB": one.plan.spare / GIB,
-        "step ms": milliseconds,
+        "step ms": one.plan.step_seconds and 1e3 * one.plan.step_seconds,
         "bound": one.plan.bound,
         "ms a sequence": 1e3 * one.seconds if one.plan.step_seconds else None,
     }
