@@ -19,6 +19,7 @@ from rslora_jax.plan import llama
 from rslora_jax.plan.layout import BATCH, PLAIN, SEQUENCE, TENSOR, Layout
 from rslora_jax.plan.sizes import Model
 from rslora_jax.plan.topologies import abstract_mesh
+from rslora_jax.sharding.policies import PolicyLike
 
 __all__ = ["AXES", "RULES", "Run", "Variant", "adapters", "frozen", "full"]
 
@@ -115,13 +116,16 @@ def frozen(run: Run) -> Variant:
     return Variant("frozen base", step, (_base(run), shift, _batch(run)), ("base", "dx", "batch"))
 
 
-def adapters(run: Run, rank: int, alpha: float = 16.0) -> Variant:
+def adapters(
+    run: Run, rank: int, alpha: float = 16.0, policy: PolicyLike = sharding.DEFAULT
+) -> Variant:
     """A step of Adam on rank-stabilized adapters of all linear layers, float32 on bfloat16.
 
     Args:
       run: what is trained where.
       rank: the rank of every adapter.
       alpha: the numerator of the scale; it changes no cost.
+      policy: how the factors lie, see `sharding.specs`.
 
     Returns:
       ``step(base, lora, optimizer, batch) -> (lora, optimizer, loss)``.
@@ -150,7 +154,7 @@ def adapters(run: Run, rank: int, alpha: float = 16.0) -> Variant:
         value, grads = value_and_grad(apply)(LoraParams(base, lora), batch)
         return (*_updated(lora, optimizer, grads), value)
 
-    specs = sharding.specs(base, sites, mesh=abstract_mesh(run.mesh))
+    specs = sharding.specs(base, sites, policy, mesh=abstract_mesh(run.mesh))
     lora = jax.tree.map(lambda array, spec: run.placed(array, *spec), params.lora, specs)
     args = (base, lora, _optimizer(run, lora), batch)
     names = ("base", "lora", "optimizer", "batch")

@@ -29,6 +29,7 @@ from rslora_jax.plan.models import find_model
 from rslora_jax.plan.plan import plan
 from rslora_jax.plan.report import Plan
 from rslora_jax.plan.topologies import abstract_mesh
+from rslora_jax.sharding import Policy
 
 GIB = 2**30
 
@@ -37,6 +38,9 @@ VARIANTS: Mapping[str, Callable[[training.Run], training.Variant]] = {
     "LoRA r=16": lambda run: training.adapters(run, 16),
     "LoRA r=64": lambda run: training.adapters(run, 64),
     "LoRA r=256": lambda run: training.adapters(run, 256),
+    "LoRA r=64, fsdp left off": lambda run: training.adapters(
+        run, 64, policy=Policy(without=("fsdp",))
+    ),
     "full": training.full,
 }
 
