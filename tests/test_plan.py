@@ -473,9 +473,12 @@ print("libtpu" in open("/proc/self/maps").read(), "libtpu" in sys.modules)
     [
         ({"names": ("w",)}, "2 arguments, but 1 names were given for them: w"),
         ({"specs": (P("fsdp"),)}, "The specs' tree does not go with the arguments' tree"),
-        ({"specs": (P("fdsp"), None)}, "w is to be sharded over 'fdsp'.*nearest axes are 'fsdp'"),
-        ({"specs": (P("fsdp", None, None), None)}, r"w has 2 axes \[6, 4\], but its spec"),
-        ({"specs": (P(("fsdp", "tensor")), None)}, r"w \[6, 4\] cannot be .* 4 devices do not"),
+        (
+            {"specs": (P("fdsp"), None)},
+            r"'w' .*no axis 'fdsp'.*'fsdp'\. Correct the name\.",
+        ),
+        ({"specs": (P("fsdp", None, None), None)}, r"'w' .* 3 entries, but .*\(6, 4\) has 2 axes"),
+        ({"specs": (P(("fsdp", "tensor")), None)}, "'w' .* size 6, .* not divide into 4 equal"),
         ({"donate": 2}, r"The arguments at \(2,\) were to be donated, but the step has 2"),
         ({"trained": "lora"}, "gradients of 'lora' were asked for, but the arguments are w, x"),
         ({"topology": "v5e:4x4"}, "fsdp=2,tensor=2 has 4 devices, but v5e:4x4 has 16"),

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from rslora_jax.factors import LoraParams
-from rslora_jax.paths import AdapterError, nearest
+from rslora_jax.paths import AdapterError
+from rslora_jax.sharding.checks import Placing, check_placing
 
 __all__ = ["Input", "inputs"]
 
@@ -151,29 +152,6 @@ def _array(
 def _checked(
     path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: AbstractMesh
 ) -> PartitionSpec:
-    if len(spec) > len(shape):
-        raise AdapterError(
-            f"{path} has {len(shape)} axes {list(shape)}, but its spec {spec} has {len(spec)}. "
-            "Shorten the spec."
-        )
-    for length, entry in zip(shape, spec, strict=False):
-        parts = 1
-        for axis in _axes(entry):
-            if axis not in mesh.shape:
-                raise AdapterError(
-                    f"{path} is to be sharded over {axis!r}, which the mesh {dict(mesh.shape)} "
-                    f"does not have. The nearest axes are {nearest(axis, mesh.shape)}."
-                )
-            parts *= mesh.shape[axis]
-        if length % parts:
-            raise AdapterError(
-                f"{path} {list(shape)} cannot be sharded as {spec}: {parts} devices do not divide "
-                f"{length}. Change the mesh {dict(mesh.shape)} or the spec."
-            )
+    words = tuple(f"axis {k}" for k in range(len(shape)))
+    check_placing(Placing(f"The argument {path!r}", shape, spec, words), mesh)
     return spec
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)

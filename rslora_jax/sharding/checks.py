@@ -20,18 +20,21 @@ class Placing(NamedTuple):
       shape: its shape.
       spec: its PartitionSpec.
       words: a description of each axis.
+      hint: what else can help where a mesh axis does not exist.
     """
 
     name: str
     shape: tuple[int, ...]
     spec: PartitionSpec
     words: tuple[str, ...]
+    hint: str = ""
 
     @classmethod
     def of_weight(cls, path: str, shape: Sequence[int], spec: PartitionSpec) -> "Placing":
         """A weight of the base."""
         words = tuple(f"axis {k}" for k in range(len(shape)))
-        return cls(f"The base weight {path!r}", tuple(shape), spec, words)
+        hint = ', or pass rules=[("embed", "fsdp"), ...] if it is a logical one'
+        return cls(f"The base weight {path!r}", tuple(shape), spec, words, hint)
 
     @classmethod
     def of_factors(
@@ -64,7 +67,8 @@ def check_placing(placing: Placing, mesh: Any = None) -> None:
     _check_twice(placing)
     if mesh is not None:
         for names in map(entry_names, placing.spec):
-            check_names(names, mesh, f"{placing.name} has the spec {placing.spec}")
+            asked = f"{placing.name} has the spec {placing.spec}"
+            check_names(names, mesh, asked, placing.hint)
         _check_sizes(placing, mesh.shape)
 
 
@@ -77,13 +81,14 @@ def check_length(placing: Placing) -> None:
         )
 
 
-def check_names(names: Sequence[str], mesh: Any, asked: str) -> None:
+def check_names(names: Sequence[str], mesh: Any, asked: str, hint: str = "") -> None:
     """Refuses names that are no axes of the mesh.
 
     Args:
       names: the names.
       mesh: a Mesh or AbstractMesh.
       asked: who named them, for the message.
+      hint: what else can help, for the message.
 
     Raises:
       AdapterError: with the mesh's axes, the nearest first.
@@ -92,8 +97,8 @@ def check_names(names: Sequence[str], mesh: Any, asked: str) -> None:
         if name not in mesh.shape:
             raise AdapterError(
                 f"{asked}, but the mesh has no axis {name!r}. Its axes are {dict(mesh.shape)}; "
-                f"the nearest to {name!r} is {nearest(name, mesh.shape, 1)}. Correct the name, or "
-                'pass rules=[("embed", "fsdp"), ...] if it is a logical one.'
+                f"the nearest to {name!r} is {nearest(name, mesh.shape, 1)}. Correct the name"
+                f"{hint}."
             )
 
 

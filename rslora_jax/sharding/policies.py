@@ -114,7 +114,7 @@ def entry_names(entry: Entry) -> tuple[str, ...]:
       >>> entry_names(("data", "fsdp")), entry_names("tensor"), entry_names(None)
       (('data', 'fsdp'), ('tensor',), ())
     """
-    if entry is None:
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
