@@ -94,6 +94,11 @@ class Variant:
     donate: tuple[int, ...] = ()
     trained: str | None = None
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `plan` takes by keyword: ``plan(step, args, **told, topology=..., ...)``."""
+        return {name: getattr(self, name) for name in ("name", "names", "donate", "trained")}
+
 
 def frozen(run: Run) -> Variant:
     """The loss and the gradient of the activations alone: what no adapter can go below.

@@ -97,10 +97,7 @@ def planned(
         variant.args,
         topology=big.topology,
         mesh_shape=run.mesh,
-        name=variant.name,
-        names=variant.names,
-        trained=variant.trained,
-        donate=variant.donate,
+        **variant.told,
         time_limit=options.time_limit,
         cache=options.cache,
     )
