@@ -1,0 +1,170 @@
+"""Evaluation: how well held-out answers are predicted, and a few answers in the model's own words.
+
+The numbers are teacher-forced: every token is predicted from the right ones before it. For exact
+match that says as much as generating: up to its first mistake greedy decoding reads the same
+tokens, and after it the row is wrong anyway.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from finetune.metrics import ANSWERS, METRICS, read_lines
+
+SLACK = 8  # tokens that a generated answer may have beyond the longest right one
+
+
+class Held(NamedTuple):
+    """The numbers of one evaluation.
+
+    Attributes:
+      loss: mean cross entropy in nats per answer token, the one that ends the answer included.
+      token_accuracy: share of answer tokens that were the likeliest one, from 0 to 1.
+      exact_match: share of rows whose answer tokens all were, from 0 to 1.
+      rows: how many rows were read.
+    """
+
+    loss: float
+    token_accuracy: float
+    exact_match: float
+    rows: int
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers as `Metrics.write` takes them."""
+        return {f"{PREFIX}{name}": value for name, value in self._asdict().items()}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Held":
+        """What `metrics` gave, read from a row of `metrics.jsonl`."""
+        values = (row[f"{PREFIX}{name}"] for name in cls._fields)
+        return cls(*(float("nan") if value is None else value for value in values))
+
+
+PREFIX = "held_out/"
+"""Before the names of held-out numbers among the metrics."""
+
+
+class Answer(NamedTuple):
+    """The end of one conversation, as text: what was asked, what is right, what the model said."""
+
+    prompt: str
+    right: str
+    said: str
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> "Answer":
+        """A line of `answers.jsonl`."""
+        return cls(*(line[name] for name in cls._fields))
+
+
+class Evaluation(NamedTuple):
+    """What was found at one step."""
+
+    step: int
+    held: Held
+    answers: tuple[Answer, ...] = ()
+
+
+def read(folder: Path) -> tuple[Evaluation, ...]:
+    """Every evaluation of a run, from what `Metrics` wrote."""
+    answers = read_lines(folder / ANSWERS)
+    rows = [row for row in read_lines(folder / METRICS) if f"{PREFIX}rows" in row]
+    return tuple(
+        Evaluation(
+            row["step"],
+            Held.of(row),
+            tuple(Answer.of(line) for line in answers if line["step"] == row["step"]),
+        )
+        for row in rows
+    )
+
+
+class _Sums(NamedTuple):
+    loss: Any
+    hits: Any
+    tokens: Any
+    exact: Any
+    rows: Any
+
+
+def evaluate(scores_fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any]) -> Held:
+    """Reads every batch once.
+
+    Args:
+      scores_fn: jitted, ``scores_fn(params, batch) -> (losses, hits)``: cross entropy, float
+        [B, P], and whether the label was the likeliest token, bool [B, P].
+      params: handed on.
+      batches: each with weights [B, P], 0 where there is nothing to predict; a row of zeros
+        counts nowhere.
+
+    Raises:
+      ValueError: if no token has a weight above 0.
+    """
+    # Sums stay on the device until all are queued: the next batch does not wait for them.
+    parts = [_sums(*scores_fn(params, batch)[:2], batch.weights) for batch in batches]
+    total = _Sums(*(sum(map(float, some)) for some in zip(*jax.device_get(parts), strict=True)))
+    if not total.tokens:
+        raise ValueError(
+            "the held-out rows have no answer token to predict. Give an eval_dataset with "
+            "answers, or a larger length if all of them are cut off"
+        )
+    rates = (total.loss / total.tokens, total.hits / total.tokens, total.exact / total.rows)
+    return Held(*rates, int(total.rows))
+
+
+@jax.jit
+def _sums(losses: jax.Array, hits: jax.Array, weights: jax.Array) -> _Sums:
+    """Over one batch: losses, hits, weights [B, P] -> scalars, the same in every process."""
+    counted = weights > 0
+    rows = counted.any(-1)
+    loss = jnp.where(counted, losses * weights, 0.0).sum()
+    right = jnp.where(counted, hits, True)
+    return _Sums(
+        loss,
+        (right * weights).sum(),
+        weights.sum(),
+        (right.all(-1) & rows).sum().astype(loss.dtype),
+        rows.sum().astype(loss.dtype),
+    )
+
+
+def answer(
+    write: Callable[[Sequence[np.ndarray], int], Sequence[Sequence[int]]],
+    rows: Sequence[Any],
+    tokenizer: Tokenizer,
+) -> tuple[Answer, ...]:
+    """Lets the model write the last answer of each row, and sets it beside the right one.
+
+    Args:
+      write: ``write(prompts, limit)`` continues prompts, each an int array [n], by at most
+        `limit` tokens.
+      rows: encoded, with tokens [n] and answer, bool [n].
+      tokenizer: turns tokens into text.
+    """
+    if not rows:
+        return ()
+    prompts, rights = zip(*(last_answer(row.tokens, row.answer) for row in rows), strict=True)
+    said = write(prompts, max(map(len, rights)) + SLACK)
+    texts = ([_text(tokenizer, tokens) for tokens in some] for some in (prompts, rights, said))
+    return tuple(Answer(*three) for three in zip(*texts, strict=True))
+
+
+def last_answer(tokens: np.ndarray, is_answer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a row before its last run of answer tokens: [n], bool [n] -> prompt, answer."""
+    ends = np.flatnonzero(is_answer)
+    if not len(ends):
+        raise ValueError(f"a row of {len(tokens)} tokens has no answer to compare with")
+    end = int(ends[-1]) + 1
+    before = np.flatnonzero(~np.asarray(is_answer[:end]))
+    start = int(before[-1]) + 1 if len(before) else 0
+    return tokens[:start], tokens[start:end]
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Tokens as text, without special tokens such as the end."""
+    return tokenizer.decode([int(token) for token in tokens]).strip()
