@@ -25,9 +25,9 @@ from rich.console import Console
 
 import rslora_jax as rl
 import smollm
-from checkpoint import ModelError
 from facts import Batch, atomic_numbers, fact_batch, unrelated_batch
 from llama import Llama
+from pretrained import ModelError
 from report import plot, progress_bar, table
 from scores import Exam, Predict, cross_entropy, examine
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import texts
@@ -61,20 +60,7 @@ def smollm2(example: jax.ShapeDtypeStruct, **options: Any) -> Task:
     """
     import smollm  # noqa: PLC0415  (its reader is needed for this model only)
 
-    try:
-        sizes, variables, tokenizer = smollm.load()
-    except smollm.ModelError as error:
-        raise ValueError(str(error)) from error
-    structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    table = texts.windows(tokenizer.encode(texts.reference()).ids, example.shape[1])
-    model = Llama(sizes, activations=ROWS, **options)
-    return Task(model, structs, functools.partial(place, variables), table)
-
-
-def place(tree: Any, places: Any) -> Any:
-    """Arrays of the host as global ones: each device gets its shard, and no device all of it."""
-
-    def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-    return jax.tree.map(put, tree, places)
+    source = smollm.open_source()
+    table = texts.windows(source.tokenizer.encode(texts.reference()).ids, example.shape[1])
+    model = Llama(source.config, activations=ROWS, **options)
+    return Task(model, source.structs, source.load, table)

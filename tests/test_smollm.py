@@ -1,18 +1,14 @@
 """The real model of the quick start. These tests fail where its package is not installed."""
 
-import dataclasses
-import math
-
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import smollm
-from checkpoint import LAYER_TENSORS, ModelError, read
 from facts import atomic_numbers, fact_batch
 from llama import Llama, LlamaConfig
+from pretrained import ModelError
 from scores import cross_entropy, exact_match
 
 SENTENCE = "The sun rises in the east and sets in the west, and the moon shines at night."
@@ -121,127 +117,3 @@ def test_a_damaged_copy_of_the_package_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(smollm, "find_file", lambda: damaged)
     with pytest.raises(ModelError, match="is damaged or another model: its sha256 is"):
         smollm.load()
-
-
-# A Llama of other sizes than SmolLM2's, written to a file of 10 KB.
-
-TINY = LlamaConfig(
-    vocab_size=11,
-    d_model=8,
-    d_ff=10,
-    layers=2,
-    heads=2,
-    kv_heads=1,
-    head_dim=4,
-    rope_theta=500.0,
-    norm_eps=0.25,
-    tied=False,
-)
-VOCABULARY = ["<|end|>", *"abcĠ", "ab", "Ġc", "1", "2", "d", "e"]
-
-
-def tiny_variables(config):
-    """Random variables as `read` should give them back."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    structs = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(s.dtype), structs)
-
-
-def tiny_tensors(config):
-    """The same variables under GGUF's names, rows of q and k interleaved as GGUF wants them."""
-    params = tiny_variables(config)["params"]
-    tensors = {
-        "token_embd.weight": params["embed_tokens"]["embedding"],
-        "output_norm.weight": params["norm"]["scale"],
-    }
-    if not config.tied:
-        tensors["output.weight"] = params["lm_head"]["kernel"].T
-    for name, path in LAYER_TENSORS.items():
-        stacked = params["layers"]
-        for part in path:
-            stacked = stacked[part]
-        for layer, leaf in enumerate(stacked):
-            weight = leaf.T
-            if name in ("attn_q", "attn_k"):
-                halves = weight.reshape(-1, 2, config.head_dim // 2, config.d_model)
-                weight = halves.swapaxes(1, 2).reshape(weight.shape)
-            tensors[f"blk.{layer}.{name}.weight"] = weight
-    return tensors
-
-
-def write_gguf(path, config, tensors, architecture="llama", pre="smollm"):
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.layers)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
-    writer.add_token_merges(["a b", "Ġ c"])
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_llama_of_any_size_is_read_as_it_was_written(tmp_path, tied):
-    config = dataclasses.replace(TINY, tied=tied)
-    found = read(write_gguf(tmp_path / "tiny.gguf", config, tiny_tensors(config)))
-    assert found.config == config
-    jax.tree.map(np.testing.assert_array_equal, found.variables, tiny_variables(config))
-    assert found.tokenizer.encode("ab c12<|end|>").tokens == ["ab", "Ġc", "1", "2", "<|end|>"]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.1, 0.2, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path, share):
-    path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY))
-    data = path.read_bytes()
-    path.write_bytes(data[: math.floor(share * len(data))])
-    with pytest.raises(ModelError, match=r"tiny\.gguf is not a whole GGUF file"):
-        read(path)
-
-
-def test_a_foreign_file_is_refused(tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("Nothing but a few words of text.")
-    with pytest.raises(ModelError, match=r"notes\.txt is not a whole GGUF file: GGUF magic"):
-        read(path)
-
-
-def test_another_architecture_is_refused(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY), architecture="gptneox")
-    message = r"general\.architecture is 'gptneox'; only 'llama' can be read"
-    with pytest.raises(ModelError, match=message):
-        read(path)
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny_tensors(TINY), pre="llama-bpe")
-    with pytest.raises(ModelError, match=r"pre is 'llama-bpe'; only 'smollm' can be read"):
-        read(path)
-
-
-def test_a_missing_tensor_is_named(tmp_path):
-    tensors = tiny_tensors(TINY)
-    del tensors["blk.1.ffn_up.weight"]
-    path = write_gguf(tmp_path / "tiny.gguf", TINY, tensors)
-    with pytest.raises(ModelError, match=r"the tensor 'blk\.1\.ffn_up\.weight' is missing"):
-        read(path)
-
-
-def test_a_tensor_that_would_be_dropped_is_named(tmp_path):
-    tensors = {**tiny_tensors(TINY), "rope_freqs.weight": np.ones(2, np.float32)}
-    path = write_gguf(tmp_path / "tiny.gguf", TINY, tensors)
-    message = r"tensors that this Llama does not have: rope_freqs\.weight"
-    with pytest.raises(ModelError, match=message):
-        read(path)
