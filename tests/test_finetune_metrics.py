@@ -158,6 +158,7 @@ def test_evaluations_are_read_back_with_their_answers(tmp_path):
     held, answers = Held(0.5, 0.75, 0.25, 8), (Answer("q", "44", "45"), Answer("r", "é|", "\n"))
     with Metrics(tmp_path) as written:
         for step in (0, 10):
+            written.write_answers(step, answers[1:])  # and then a kill
             written.write_answers(step, answers[: 1 + step])
             written.write(step, held.metrics())
             written.write(step + 1, {"loss": 1.0})

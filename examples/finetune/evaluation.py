@@ -57,9 +57,9 @@ class Answer(NamedTuple):
     said: str
 
     @classmethod
-    def of(cls, line: Mapping[str, Any]) -> "Answer":
-        """A line of `answers.jsonl`."""
-        return cls(*(line[name] for name in cls._fields))
+    def of(cls, fields: Mapping[str, str]) -> "Answer":
+        """From its fields by name, as `answers.jsonl` holds them."""
+        return cls(*(fields[name] for name in cls._fields))
 
 
 class Evaluation(NamedTuple):
@@ -72,24 +72,13 @@ class Evaluation(NamedTuple):
 
 def read(folder: Path) -> tuple[Evaluation, ...]:
     """Every evaluation of a run, from what `Metrics` wrote."""
-    answers = read_lines(folder / ANSWERS)
-    rows = [row for row in read_lines(folder / METRICS) if f"{PREFIX}rows" in row]
+    # Of a step that is evaluated again after a kill in the midst of it, the last answers count.
+    answers = {line["step"]: line["answers"] for line in read_lines(folder / ANSWERS)}
     return tuple(
-        Evaluation(
-            row["step"],
-            Held.of(row),
-            tuple(Answer.of(line) for line in answers if line["step"] == row["step"]),
-        )
-        for row in rows
+        Evaluation(row["step"], Held.of(row), tuple(map(Answer.of, answers.get(row["step"], ()))))
+        for row in read_lines(folder / METRICS)
+        if f"{PREFIX}rows" in row
     )
-
-
-class _Sums(NamedTuple):
-    loss: Any
-    hits: Any
-    tokens: Any
-    exact: Any
-    rows: Any
 
 
 def evaluate(scores_fn: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any]) -> Held:
@@ -105,32 +94,26 @@ def evaluate(scores_fn: Callable[[Any, Any], Any], params: Any, batches: Iterabl
     Raises:
       ValueError: if no token has a weight above 0.
     """
-    # Sums stay on the device until all are queued: the next batch does not wait for them.
+    # The sums stay on the device until all are queued: no batch waits for those of another.
     parts = [_sums(*scores_fn(params, batch)[:2], batch.weights) for batch in batches]
-    total = _Sums(*(sum(map(float, some)) for some in zip(*jax.device_get(parts), strict=True)))
-    if not total.tokens:
+    loss, hits, tokens, exact, rows = np.sum([np.zeros(5), *jax.device_get(parts)], axis=0).tolist()
+    if not tokens:
         raise ValueError(
             "the held-out rows have no answer token to predict. Give an eval_dataset with "
             "answers, or a larger length if all of them are cut off"
         )
-    rates = (total.loss / total.tokens, total.hits / total.tokens, total.exact / total.rows)
-    return Held(*rates, int(total.rows))
+    return Held(loss / tokens, hits / tokens, exact / rows, int(rows))
 
 
 @jax.jit
-def _sums(losses: jax.Array, hits: jax.Array, weights: jax.Array) -> _Sums:
-    """Over one batch: losses, hits, weights [B, P] -> scalars, the same in every process."""
+def _sums(losses: jax.Array, hits: jax.Array, weights: jax.Array) -> jax.Array:
+    """Over one batch, [B, P] each: loss, hits, tokens, exact rows, rows; [5] in every process."""
     counted = weights > 0
     rows = counted.any(-1)
+    exact = jnp.where(counted, hits, True).all(-1) & rows
     loss = jnp.where(counted, losses * weights, 0.0).sum()
-    right = jnp.where(counted, hits, True)
-    return _Sums(
-        loss,
-        (right * weights).sum(),
-        weights.sum(),
-        (right.all(-1) & rows).sum().astype(loss.dtype),
-        rows.sum().astype(loss.dtype),
-    )
+    every = (loss, (hits * weights).sum(), weights.sum(), exact.sum(), rows.sum())
+    return jnp.stack([part.astype(jnp.float32) for part in every])
 
 
 def answer(

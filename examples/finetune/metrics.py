@@ -131,9 +131,10 @@ class Metrics:
             self._events.add(int(step), numbers)
 
     def write_answers(self, step: int, answers: Iterable[Any]) -> None:
-        """What the model wrote at a step, a line each, from named tuples of strings."""
-        for answer in answers if self._writer else ():
-            self._answers.add({"step": int(step), **answer._asdict()})
+        """What the model wrote at a step, in one line, from named tuples of strings."""
+        if self._writer:
+            told = [answer._asdict() for answer in answers]
+            self._answers.add({"step": int(step), "answers": told})
 
     def rows(self) -> list[dict[str, Any]]:
         """All numbers of the run, those of earlier starts included."""
