@@ -1,0 +1,1 @@
+"""A fine-tune from a YAML file."""
