@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import finetune.rows
 from finetune.batches import Batches, fixed, local_rows, place
@@ -191,6 +191,13 @@ def test_a_merge_across_the_boundary_does_not_change_the_tokens_of_the_prompt():
     prompt = byte_tokenizer([("a", "b")]).encode("xa").ids
     assert apart.prompt.tolist() == prompt
     assert len(apart.tokens) == len(within.tokens) + 1
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_before_the_answer():
+    spaced = byte_tokenizer()
+    spaced.normalizer = normalizers.Prepend(" ")
+    found = Encoder(spaced, None, (EOS_ID,), None, 100).encode(Row("", "one ", "two"))
+    assert texts(found) == (f" one two{EOS}", f"two{EOS}")
 
 
 def test_all_answers_of_a_chat_are_learned_each_up_to_its_end():
