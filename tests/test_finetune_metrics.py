@@ -277,6 +277,20 @@ def test_a_collapse_is_told_when_it_lasts(use_rslora, advice):
     assert watch.compare(magnitudes(values)) == []
 
 
+def test_a_collapse_at_the_first_steps_is_told_and_is_no_explosion_before():
+    values = np.full((16, 2), 1e-5)
+    values[:3] = 1.0
+    (said,) = Watch(True, 3.0).compare(magnitudes(values))
+    assert said.startswith("step 16: the gradient at layers/q/kernel[0], and 1 more like it collap")
+    assert Watch(True, 3.0, after_step=100).compare(magnitudes(values, first=101)) == []
+
+
+def test_an_explosion_at_the_first_steps_is_told_though_it_stays():
+    values = np.full((16, 1), 100.0)
+    values[:3] = 1.0
+    assert Watch(True, 1e-3).compare(magnitudes(values))[0].startswith("step 4: ")
+
+
 def test_a_site_without_any_gradient_is_told():
     (said,) = Watch(True, 1e-3).compare(magnitudes(np.ones((12, 2)) * [1.0, 0.0]))
     assert "layers/q/kernel[1] is 0 in all of the last 12 steps" in said

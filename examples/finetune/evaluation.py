@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from finetune.metrics import ANSWERS, METRICS, read_lines
 
 SLACK = 8  # tokens that a generated answer may have beyond the longest right one
+MOST = 256  # tokens of a generated answer, whatever is right
 
 
 class Held(NamedTuple):
@@ -132,7 +133,7 @@ def answer(
     if not rows:
         return ()
     prompts, rights = zip(*(last_answer(row.tokens, row.answer) for row in rows), strict=True)
-    said = write(prompts, max(map(len, rights)) + SLACK)
+    said = write(prompts, min(max(map(len, rights)) + SLACK, MOST))
     texts = ([_text(tokenizer, tokens) for tokens in some] for some in (prompts, rights, said))
     return tuple(Answer(*three) for three in zip(*texts, strict=True))
 

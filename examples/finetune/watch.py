@@ -1,6 +1,5 @@
 """Watch: says when gradients collapse or explode, at which site, how far, and what to try."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,8 +8,8 @@ import rslora_jax as rl
 
 COLLAPSED = 1e-3  # of the median
 EXPLODED = 30.0  # times the median
-LEAST = 12  # steps before there is a median to compare with
-RECENT = 3  # steps in a row that make a collapse: one easy batch is none
+LEAST = 12  # steps before there is anything to say
+FEW = 3  # steps that make a median, or a collapse: one easy batch is none
 
 
 class Magnitudes(NamedTuple):
@@ -58,14 +57,14 @@ class Watch:
           learning_rate: of the run; advice depends on it.
           after_step: the step that the run goes on from: what was before was spoken of then.
         """
-        self._advice: dict[str, Callable[[], str]] = {
-            "exploded": lambda: _calm(learning_rate),
-            "collapsed": lambda: _wake(use_rslora, learning_rate),
-            "missing": lambda: MISSING,
+        self._advice = {
+            "exploded": _calm(learning_rate),
+            "collapsed": _wake(use_rslora, learning_rate),
+            "missing": MISSING,
         }
         self._told: set[str] = set()
-        self._first: np.ndarray | None = None
-        self._seen = after_step
+        self._start: np.ndarray | None = None
+        self._seen = self._after = after_step
 
     def look(self, opt_state: Any) -> list[str]:
         """New warnings, from the state of an optimizer with `rl.optim.record_norms` inside.
@@ -78,61 +77,51 @@ class Watch:
         """New warnings, most of the time none."""
         if len(found.steps) < LEAST:
             return []
-        usual = np.median(found.values, 0)
-        if self._first is None:
-            self._first = usual
-        fresh = found.steps > self._seen
+        beginning = self._start is None and not self._after
+        if self._start is None:
+            self._start = np.median(found.values[:FEW], 0)
+        cases = {
+            "exploded": _exploded(found, self._start, self._seen),
+            # All of a first look may lie behind a collapse at the first steps.
+            "collapsed": _collapsed(found, self._start if beginning else np.zeros(())),
+            "missing": _missing(found),
+        }
         self._seen = int(found.steps[-1])
-        cases = self._cases(found, usual, fresh)
-        new = [(kind, text) for kind, text in cases if text and kind not in self._told]
-        self._told.update(kind for kind, _ in new)
-        return [f"{text} {self._advice[kind]()}" for kind, text in new]
-
-    def _cases(
-        self, found: Magnitudes, usual: np.ndarray, fresh: np.ndarray
-    ) -> Sequence[tuple[str, str]]:
-        assert self._first is not None
-        return (
-            # Where a loss has become tiny, one hard batch is no explosion: compare with the start.
-            ("exploded", _exploded(found, np.maximum(usual, self._first), fresh)),
-            ("collapsed", _collapsed(found, usual)),
-            ("missing", _missing(found)),
-        )
+        new = [kind for kind, text in cases.items() if text and kind not in self._told]
+        self._told.update(new)
+        return [f"{cases[kind]} {self._advice[kind]}" for kind in new]
 
 
-def _exploded(found: Magnitudes, usual: np.ndarray, fresh: np.ndarray) -> str:
-    """Any fresh step far above the usual: a sentence, or nothing."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.where(usual > 0, found.values / usual, 0.0) * fresh[:, None]
-    step, place = np.unravel_index(np.argmax(times), times.shape)
-    if not times[step, place] > EXPLODED:
+def _exploded(found: Magnitudes, start: np.ndarray, seen: int) -> str:
+    """A step after `seen` that is far above those before it: a sentence, or nothing.
+
+    Where a loss has become tiny, one hard batch is no explosion: `start` [places] is usual too.
+    """
+    fresh = [k for k in range(FEW, len(found.steps)) if found.steps[k] > seen]
+    if not fresh:
         return ""
-    return _sentence(
-        found,
-        step,
-        place,
-        f"exploded to {times[step, place]:.3g} times its median "
-        f"({found.values[step, place]:.3g} after {usual[place]:.3g})",
-        int((times > EXPLODED).any(0).sum()),
-    )
+    usual = np.stack([np.maximum(np.median(found.values[:k], 0), start) for k in fresh])
+    times = _ratio(found.values[fresh], usual, 0.0)
+    row, place = np.unravel_index(np.argmax(times), times.shape)
+    if not times[row, place] > EXPLODED:
+        return ""
+    after = f"({found.values[fresh[row], place]:.3g} after {usual[row, place]:.3g})"
+    what = f"exploded to {times[row, place]:.3g} times its median {after}"
+    count = int((times > EXPLODED).any(0).sum())
+    return _sentence(found, fresh[row], place, what, count)
 
 
-def _collapsed(found: Magnitudes, usual: np.ndarray) -> str:
-    """The latest steps all far below the usual: a sentence, or nothing."""
-    latest = found.values[-RECENT:].max(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(usual > 0, latest / usual, 1.0)
+def _collapsed(found: Magnitudes, start: np.ndarray) -> str:
+    """The latest steps, all far below those before them: a sentence, or nothing."""
+    usual = np.maximum(np.median(found.values[:-FEW], 0), start)
+    latest = found.values[-FEW:].max(0)
+    share = _ratio(latest, usual, 1.0)
     place = np.argmin(share)
     if not share[place] < COLLAPSED:
         return ""
-    return _sentence(
-        found,
-        -1,
-        place,
-        f"collapsed to {share[place]:.2g} of its median "
-        f"({latest[place]:.3g} after {usual[place]:.3g})",
-        int((share < COLLAPSED).sum()),
-    )
+    after = f"({latest[place]:.3g} after {usual[place]:.3g})"
+    what = f"collapsed to {share[place]:.2g} of its median {after}"
+    return _sentence(found, -1, place, what, int((share < COLLAPSED).sum()))
 
 
 def _missing(found: Magnitudes) -> str:
@@ -142,6 +131,12 @@ def _missing(found: Magnitudes) -> str:
         return ""
     what = f"is 0 in all of the last {len(found.steps)} steps"
     return _sentence(found, -1, np.argmax(silent), what, int(silent.sum()))
+
+
+def _ratio(above: np.ndarray, below: np.ndarray, otherwise: float) -> np.ndarray:
+    """Entry by entry; `otherwise` where there is nothing usual, or nothing finite, to divide by."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((below > 0) & np.isfinite(below), above / below, otherwise)
 
 
 def _sentence(found: Magnitudes, step: Any, place: Any, what: str, count: int) -> str:
