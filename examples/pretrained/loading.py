@@ -5,6 +5,7 @@ place. So the host holds about one tensor at a time, and a device never more tha
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -47,14 +48,16 @@ def _fill(slot: Slot, pieces: Sequence[Piece], prepare: Prepare | None) -> Any:
     buffers: list[jax.Array] = []
     for piece in pieces:
         parts, tree = jax.tree.flatten(_prepared(slot, piece, prepare))
-        shardings = _shardings(slot.place, tree)
+        shardings = _shardings(slot.place, tree, parts)
         if piece.layer is None:
             return tree.unflatten(map(_put, parts, shardings))
-        if not buffers:
-            buffers = [_empty(slot, *pair) for pair in zip(parts, shardings, strict=True)]
-        for at, (part, sharding) in enumerate(zip(parts, shardings, strict=True)):
-            layer = _put(part, _of_layer(sharding))
-            buffers[at] = _writer(sharding)(buffers[at], layer, piece.layer)
+        buffers = buffers or [_empty(slot, *pair) for pair in zip(parts, shardings, strict=True)]
+        layers = [_put(part, _of_layer(each)) for part, each in zip(parts, shardings, strict=True)]
+        writers = map(_writer, shardings)
+        buffers = [
+            write(stack, layer, piece.layer)
+            for write, stack, layer in zip(writers, buffers, layers, strict=True)
+        ]
         jax.block_until_ready(buffers)  # or the host runs ahead and holds many layers
     return tree.unflatten(buffers)
 
@@ -65,11 +68,27 @@ def _prepared(slot: Slot, piece: Piece, prepare: Prepare | None) -> Any:
     return array if prepare is None else prepare(slot.path, array)
 
 
-def _shardings(place: Any, tree: Any) -> list[Sharding | None]:
-    """One Sharding a part: the one that there is, or those of a tree like the parts'."""
+def _shardings(place: Any, tree: Any, parts: Sequence[Any]) -> list[Sharding | None]:
+    """One Sharding a part: the leaf's, as far as it fits, or those of a tree like the parts'."""
     if place is None or isinstance(place, Sharding):
-        return [place] * tree.num_leaves
+        return [place if len(parts) == 1 else _fitting(place, part.shape) for part in parts]
     return tree.flatten_up_to(place)
+
+
+def _fitting(sharding: Sharding | None, shape: tuple[int, ...]) -> Sharding | None:
+    """A Sharding without the axes that do not divide the shape: a scale's axis of 1 stays whole."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    sizes = sharding.mesh.shape
+
+    def pieces(names: Any) -> int:
+        return math.prod(sizes[name] for name in ((names,) if isinstance(names, str) else names))
+
+    spec = [
+        names if names is None or size % pieces(names) == 0 else None
+        for names, size in zip(sharding.spec, shape, strict=False)
+    ]
+    return NamedSharding(sharding.mesh, P(*spec))
 
 
 def _of_layer(sharding: Sharding | None) -> Sharding | None:
@@ -93,7 +112,7 @@ def _empty(slot: Slot, part: Any, sharding: Sharding | None) -> jax.Array:
             "its first axis must be 1, the one layer that was given"
         )
     shape = (slot.struct.shape[0], *part.shape[1:])
-    return _zeros(shape, jnp.dtype(part.dtype), sharding)
+    return _maker(shape, jnp.dtype(part.dtype), sharding)()
 
 
 @functools.cache
@@ -104,5 +123,6 @@ def _writer(sharding: Sharding | None) -> Callable[[jax.Array, jax.Array, int], 
     return jax.jit(write, donate_argnums=0, out_shardings=sharding)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.cache
+def _maker(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Callable[[], Any]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

@@ -1,5 +1,6 @@
 """Pieces: which tensor of a checkpoint is which part of the parameter tree."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,9 +38,13 @@ class Tensors(NamedTuple):
 
 def structs_of(config: LlamaConfig, dtype: DTypeLike) -> Any:
     """The variables of a Llama, abstract, in a dtype."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced(config))
+
+
+@functools.cache
+def _traced(config: LlamaConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    structs = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), structs)
+    return jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
 
 
 def match(
