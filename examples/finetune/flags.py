@@ -14,10 +14,13 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from finetune.resolve import Resolved, known_keys, resolve
-from finetune.settings import ConfigError, Settings, hints
+from finetune.settings import INSTEAD, ConfigError, Settings, hints
 from finetune.yaml_file import Value, load
 
 PATHS = ("model", "dataset", "eval_dataset")
+# What tyro sees of these instead of the file's values. Of a mapping that is not empty it would
+# make one flag for each key; and a field that takes the place of another must not win over a flag.
+HIDDEN: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, **dict.fromkeys(INSTEAD)}
 
 
 class Parsed(NamedTuple):
@@ -58,9 +61,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     from_keys = _beside(Settings(**found.values), config)
     settings = _flags_over(from_keys, argv, config, run)
     sources = {name: f"{value.where} {value.key}" for name, value in found.places.items()}
-    for name in hints():
-        if getattr(settings, name) != getattr(from_keys, name):
-            sources[name] = "--" + name.replace("_", "-")
+    sources |= {name: _flag(name) for name in hints() if _given(name, argv)}
     _check(settings, sources, config)
     return Parsed(settings, sources)
 
@@ -101,17 +102,25 @@ def describe(parsed: Parsed) -> str:
 def _flags_over(
     settings: Settings, argv: Sequence[str], config: str | None, run: str | None
 ) -> Settings:
-    """What the flags do not name stays as it is in `settings`.
-
-    Of a mapping that is not empty tyro would make one flag for each key, so it sees none.
-    """
-    patterns = {name: getattr(settings, name) for name in ("rank_pattern", "alpha_pattern")}
-    default = Command(config, run, dataclasses.replace(settings, rank_pattern={}, alpha_pattern={}))
+    """What the flags do not name stays as it is in `settings`."""
+    kept = {name: getattr(settings, name) for name in HIDDEN}
+    default = Command(config, run, dataclasses.replace(settings, **HIDDEN))
     command = tyro.cli(Command, prog="finetune", args=argv, default=default)
     if command.config != config:
         raise ConfigError(f"The file {command.config} must come before all flags.")
-    kept = {name: p for name, p in patterns.items() if not getattr(command.settings, name)}
+    for name in HIDDEN:
+        if _given(name, argv) or _given(INSTEAD.get(name, name), argv):
+            del kept[name]
     return dataclasses.replace(command.settings, **kept)
+
+
+def _given(name: str, argv: Sequence[str]) -> bool:
+    words = {word.split("=")[0].replace("_", "-") for word in argv}
+    return not words.isdisjoint((_flag(name), _flag(f"no_{name}")))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _run_flag(argv: Sequence[str]) -> str | None:
@@ -157,7 +166,7 @@ def _check(settings: Settings, sources: Mapping[str, str], config: str | None) -
             where = f", nor in {Path(config).parent.resolve()}" if config else ""
             problems.append(
                 f"{sources.get(name, name)}: no file {path!r} in {Path.cwd()}{where}. "
-                f"Correct it, or name one by --{name.replace('_', '-')}."
+                f"Correct it, or name one by {_flag(name)}."
             )
     if problems:
         raise ConfigError(*problems)

@@ -148,10 +148,15 @@ INERT = (
     Inert("plugins", "", "there are no plugins"),
     # Where numbers go.
     Inert(
-        "wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model wandb_mode "
-        "use_wandb use_mlflow mlflow_experiment_name mlflow_tracking_uri use_comet hub_model_id",
-        "false",
+        "wandb_project wandb_entity wandb_name wandb_run_id wandb_mode mlflow_experiment_name "
+        "mlflow_tracking_uri hub_model_id",
+        "",
         "metrics go to metrics.jsonl and TensorBoard, adapters to the output folder",
+    ),
+    Inert(
+        "use_wandb wandb_watch wandb_log_model use_mlflow use_comet",
+        "false",
+        "metrics go to metrics.jsonl and TensorBoard",
     ),
     # Speed, memory, names and caches: the numbers are the same at any value.
     Inert(

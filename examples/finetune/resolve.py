@@ -66,9 +66,8 @@ def _meaning(name: str, value: Value) -> dict[str, Any]:
 
 
 def _nearest(name: str) -> str:
-    known = {key.lower(): key for key in known_keys()}
-    asked = name.lower().replace("-", "_")
-    near = difflib.get_close_matches(asked, known, cutoff=0.5)
+    known = {key.lower(): key for key in reversed(known_keys())}  # of two alike, ours
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known)
     return f"The nearest are {', '.join(known[key] for key in near)}" if near else "Leave it out"
 
 

@@ -116,7 +116,6 @@ class Settings:
     """PEFT folders to write at the end."""
     merge: bool = False
     """Write a whole model with the adapters merged in at the end."""
-
     data: int = 1
     """Devices along the axis over which only the batch is split."""
     fsdp: int | None = None
@@ -200,7 +199,6 @@ class Settings:
           OSError: if it cannot be written.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
         try:
             text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -211,6 +209,7 @@ class Settings:
 
 
 INSTEAD = {
+    "steps": "epochs",
     "eval_dataset": "eval_fraction",
     "warmup_steps": "warmup",
     "evals_per_epoch": "eval_every",

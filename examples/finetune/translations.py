@@ -147,8 +147,8 @@ def _check_type(value: Value) -> None:
     for name, text in texts.items():
         if name not in ("format", "no_input_format") or text not in PLAIN:
             raise value.entries()[name].wrong(
-                "is not supported: a prompt is put into the model's chat template as it is. "
-                "Leave it out, or write the prompts out in the data"
+                "is not supported: prompts are read as they stand in the data. Leave it out, or "
+                "write them out there"
             )
 
 
