@@ -45,21 +45,25 @@ def load(structs: Any, pieces: Iterable[Piece], places: Any, prepare: Prepare | 
 
 def _fill(slot: Slot, pieces: Sequence[Piece], prepare: Prepare | None) -> Any:
     """One leaf: the only tensor that it is, or its layers one by one."""
-    buffers: list[jax.Array] = []
+    leaf = None
     for piece in pieces:
-        parts, tree = jax.tree.flatten(_prepared(slot, piece, prepare))
-        shardings = _shardings(slot.place, tree, parts)
-        if piece.layer is None:
-            return tree.unflatten(map(_put, parts, shardings))
-        buffers = buffers or [_empty(slot, *pair) for pair in zip(parts, shardings, strict=True)]
-        layers = [_put(part, _of_layer(each)) for part, each in zip(parts, shardings, strict=True)]
-        writers = map(_writer, shardings)
-        buffers = [
-            write(stack, layer, piece.layer)
-            for write, stack, layer in zip(writers, buffers, layers, strict=True)
-        ]
-        jax.block_until_ready(buffers)  # or the host runs ahead and holds many layers
-    return tree.unflatten(buffers)
+        leaf = jax.block_until_ready(_grown(leaf, slot, piece, prepare))
+    return leaf
+
+
+def _grown(leaf: Any, slot: Slot, piece: Piece, prepare: Prepare | None) -> Any:
+    """The leaf with one more of its layers; nothing of the host's outlives the call."""
+    parts, tree = jax.tree.flatten(_prepared(slot, piece, prepare))
+    shardings = _shardings(slot.place, tree, parts)
+    if piece.layer is None:
+        return tree.unflatten(map(_put, parts, shardings))
+    if leaf is None:
+        leaf = tree.unflatten(map(functools.partial(_empty, slot), parts, shardings))
+    grown = [
+        _writer(sharding)(stack, _put(part, _of_layer(sharding)), piece.layer)
+        for stack, part, sharding in zip(jax.tree.leaves(leaf), parts, shardings, strict=True)
+    ]
+    return tree.unflatten(grown)
 
 
 def _prepared(slot: Slot, piece: Piece, prepare: Prepare | None) -> Any:
