@@ -23,13 +23,13 @@ def _at_least(least: float) -> Limit:
 
 ABOVE_ZERO = Limit("above 0", lambda value: value > 0)
 LIMITS: Mapping[str, Limit] = {
-    **dict.fromkeys(("alpha", "alpha_pattern", "lora_plus_ratio", "epochs"), ABOVE_ZERO),
-    **dict.fromkeys(("learning_rate", "save_minutes"), ABOVE_ZERO),
+    **dict.fromkeys(("alpha", "alpha_pattern", "lora_plus_ratio"), ABOVE_ZERO),
+    **dict.fromkeys(("epochs", "learning_rate"), ABOVE_ZERO),
     **dict.fromkeys(("rank", "rank_pattern", "steps", "batch", "accumulation"), _at_least(1)),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "save_every"), _at_least(1)),
     **dict.fromkeys(("logits_mb", "eval_rows", "keep_last"), _at_least(1)),
     **dict.fromkeys(("data", "fsdp", "tensor"), _at_least(1)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "clip"), _at_least(0)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "clip", "save_minutes"), _at_least(0)),
     **dict.fromkeys(("eval_every", "eval_generate"), _at_least(0)),
     "length": _at_least(2),
     "eval_fraction": Limit("from 0 to below 1", lambda value: 0 <= value < 1),

@@ -1,6 +1,7 @@
 """Resolving: from the keys of a file, in any spelling, to values of our fields."""
 
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,9 +24,10 @@ class Resolved(NamedTuple):
     places: dict[str, Value]
 
 
-def known_keys() -> list[str]:
+@functools.cache
+def known_keys() -> tuple[str, ...]:
     """Every key that can be read."""
-    return [*hints(), *keys.FIELDS, *TRANSLATIONS, *keys.INERT_KEYS]
+    return (*hints(), *keys.FIELDS, *TRANSLATIONS, *keys.INERT_KEYS)
 
 
 def resolve(entries: Mapping[str, Value]) -> Resolved:

@@ -105,7 +105,7 @@ class Settings:
     saves_per_epoch: int | None = None
     """Checkpoints in an epoch, instead of save_every."""
     save_minutes: float = 10.0
-    """The longest time between checkpoints."""
+    """The longest time between checkpoints; 0 counts steps only."""
     keep_last: int = 2
     """How many checkpoints stay."""
     skip_bad: bool = False
