@@ -125,6 +125,7 @@ BAD_LINES = {
         {"messages": [ASSISTANT, {"role": "user", "content": "a"}]},
         "last message must be from the assistant.*from the user",
     ),
+    "an answer to nothing": ({"messages": [ASSISTANT]}, "it answers nothing"),
     "an empty turn": ({"messages": [{**ASSISTANT, "content": ""}]}, r"\[0\].content is empty"),
 }
 
@@ -208,6 +209,11 @@ def test_all_answers_of_a_chat_are_learned_each_up_to_its_end():
     assert learned == f"one{EOS}two{EOS}"
 
 
+def test_a_greeting_of_the_assistant_is_read_and_not_learned():
+    row = Row("", messages=_chat(("assistant", "hi"), ("user", "u"), ("assistant", "two")))
+    assert texts(encoder(chat=CHATML).encode(row))[1] == f"two{EOS}"
+
+
 def test_the_prompt_of_a_chat_is_what_a_generating_model_would_be_given():
     row = Row("", messages=_chat(("user", "u"), ("assistant", "two")))
     asked = CHATML.render([row.messages[0]._asdict()], generate=True)
@@ -242,7 +248,9 @@ def test_a_long_row_loses_the_beginning_of_its_prompt_and_says_how_much():
     assert texts(encoder(8).encode(row))[0] == f"9abcdef{EOS}"
     with pytest.raises(DataError, match=r"line 3: the last answer has 7 tokens, .* may have 7"):
         encoder(7).encode(row)
-    chat = Row("", messages=_chat(("assistant", "one"), ("user", "u"), ("assistant", "two")))
+    chat = Row(
+        "", messages=_chat(("user", "t"), ("assistant", "one"), ("user", "u"), ("assistant", "two"))
+    )
     assert texts(encoder(25, chat=CHATML).encode(chat))[1] == f"two{EOS}"
 
 

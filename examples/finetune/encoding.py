@@ -112,7 +112,7 @@ class Encoder:
         turns = [message._asdict() for message in row.messages]
         ends, whole = [0], self._render(turns, False, row)
         for place, turn in enumerate(turns):
-            if turn["role"] == "assistant":
+            if place and turn["role"] == "assistant":  # a greeting answers nothing
                 ends.append(len(self._prefix(whole, turns[:place], True, row)))
                 ends.append(len(self._prefix(whole, turns[: place + 1], False, row)))
         return tuple(
@@ -132,7 +132,7 @@ class Encoder:
 
     def _render(self, turns: list[dict[str, str]], generate: bool, row: Row) -> str:
         try:
-            return self._chat.render(turns, generate=generate) if turns else ""
+            return self._chat.render(turns, generate=generate)
         except ValueError as error:
             raise DataError(f"{row.where}: {error}") from error
 

@@ -5,8 +5,8 @@ file may hold several forms, and any other key is an error:
 
 - `{"context", "target"}`, as in FinLoRA's data: one space joins them, unless there is white space;
 - `{"prompt", "completion"}`: joined as they are;
-- `{"messages": [{"role", "content"}, ...]}`: a chat, in which every answer of the assistant is
-  learned and the last message is one.
+- `{"messages": [{"role", "content"}, ...]}`: a chat, in which every message of the assistant is
+  learned but one that opens it; the last message is an answer.
 """
 
 import json
@@ -197,6 +197,8 @@ def _chat(where: str, messages: Any) -> Row:
             f"{where}: the last message must be from the assistant, whose answer is learned; "
             f"found one from the {turns[-1].role}"
         )
+    if len(turns) == 1:
+        raise DataError(f"{where}: the only message is from the assistant: it answers nothing")
     return Row(where, messages=turns)
 
 
