@@ -46,8 +46,7 @@ class Stats(NamedTuple):
       rows: of the data.
       tokens: of all rows.
       answer_tokens: those that are learned.
-      cut_rows: rows that were too long.
-      cut_tokens: what they lost.
+      cut_rows, cut_tokens: rows that were too long, and what they lost.
       padding: the share of the arrays that holds nothing.
       shapes: `(T, P)` of the batches: each is compiled once.
     """
@@ -74,8 +73,7 @@ class Stats(NamedTuple):
 class Batches:
     """All batches of a run, known from the start.
 
-    Epoch follows epoch, each in a new order that depends on the seed and its number. A row is in
-    exactly one batch of an epoch, whose last one may end in padding.
+    Epoch follows epoch, each in an order of its own. A row is in exactly one batch of an epoch.
 
     Attributes:
       rows: the data.
@@ -101,11 +99,11 @@ class Batches:
     epochs: float = 1.0
     steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Plans all steps."""
         longest = max((len(row.tokens) for row in self.rows), default=0)
-        if not self.rows or longest > self.length:
-            found = f"one of {longest}" if self.rows else "no row"
+        if not 0 < longest <= self.length:
+            found = f"one of {longest}" if longest else "no row"
             raise DataError(f"expected rows of at most {self.length} tokens, found {found}")
         object.__setattr__(self, "steps", len(self._groups))
 
@@ -190,8 +188,8 @@ class Batches:
         """For each width, the most tokens that a bin asks for."""
         found: dict[int, int] = {}
         for bins, width in self._groups:
-            most = max(sum(self._answers[row] for row in each) for each in bins)
-            found[width] = max(found.get(width, 0), rounded(most))
+            asked = (sum(self._answers[row] for row in each) for each in bins)
+            found[width] = max(found.get(width, 0), rounded(max(asked)))
         return found
 
 
