@@ -1,6 +1,6 @@
 """Rank-stabilized LoRA for any Flax (or other JAX) model, without touching the model."""
 
-from rslora_jax import algebra, analysis, checkpoint, optim, peft, plan, sharding
+from rslora_jax import algebra, analysis, checkpoint, optim, peft, plan, quantize, sharding
 from rslora_jax.adapt import Adapted, adapt, attach, value_and_grad
 from rslora_jax.config import LoraConfig, Rule, scale
 from rslora_jax.discover import find_sites
@@ -30,6 +30,7 @@ __all__ = [
     "optim",
     "peft",
     "plan",
+    "quantize",
     "scale",
     "sharding",
     "unmerge",

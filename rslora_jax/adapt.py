@@ -1,16 +1,19 @@
 """Adapt: the front door, which puts adapters on a model without touching it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.deferred import Deferred
 from rslora_jax.discover import sites_of
 from rslora_jax.factors import LoraParams, factors_of, init, init_abstract, labelled
-from rslora_jax.paths import AdapterError
+from rslora_jax.paths import AdapterError, flatten
 from rslora_jax.program import Program, capture, capture_example
+from rslora_jax.quantized import is_quantized
 from rslora_jax.rewrites import new_walk
 from rslora_jax.sites import Site, Sites
 from rslora_jax.targets import choose
@@ -89,7 +92,7 @@ def adapt(
         structs,
         program.inputs,
     )
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in program.base.leaves)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     lora = structs if abstract else init(key, sites, config)
     return Adapted(LoraParams(params, lora), attach(apply_fn, sites), sites)
 
@@ -128,7 +131,7 @@ def attach(apply_fn: Callable[..., Any], sites: Sequence[Site]) -> Callable[...,
                 f"apply takes the LoraParams that `adapt` returned, found {_kind(params)}. "
                 "For the base model alone pass LoraParams(base, {})."
             )
-        if not params.lora:
+        if not params.lora and not any(map(is_quantized, flatten(params.base).leaves)):
             return apply_fn(params.base, *args, **kwargs)
         program = capture(apply_fn, params.base, args, kwargs)
         weights = [program.base.leaves[k] for k in program.weights]
@@ -186,10 +189,13 @@ def _run(
     factors = factors_of(lora, sites)
     values = {k: weight for k, weight in zip(program.weights, weights, strict=True)}
     places = {path: k for k, path in enumerate(program.base.paths)}
-    for site in sites:
+    for site in sites if factors else ():
         place = places.get(site.path, -1)
         _check_base(site, values.get(place))
         values[place] = _held(site, values[place], factors[site.path])
+    for place, weight in values.items():
+        if is_quantized(weight):
+            values[place] = _frozen(program.base.paths[place], weight)
     walk = new_walk()
     operands = [*(values[k] for k in program.weights), *inputs]
     results = evaluate(walk, program.jaxpr, program.consts, operands)
@@ -198,12 +204,19 @@ def _run(
 
 def _held(site: Site, weight: Any, factors: Any) -> Held:
     assert site.scale is not None
-    view = tuple(frozenset({k}) for k in range(len(site.shape)))
-    return Held(weight, labelled(site, factors), site.path, view, site.scale, site.merge)
+    held = _frozen(site.path, weight)
+    factors = labelled(site, factors)
+    return replace(held, factors=factors, scale=site.scale, merge=site.merge)
+
+
+def _frozen(path: str, weight: Any) -> Held:
+    """A weight without an adapter; only a quantized one needs to be held."""
+    view = tuple(frozenset({k}) for k in range(weight.ndim))
+    return Held(Deferred(weight) if is_quantized(weight) else weight, (), path, view)
 
 
 def _check_base(site: Site, weight: Any) -> None:
-    found = None if weight is None else jnp.shape(weight)
+    found = getattr(weight, "shape", None)
     if found != site.shape:
         raise AdapterError(
             f"The site {site.path!r} needs a base weight of shape {site.shape}, found "

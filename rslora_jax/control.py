@@ -6,6 +6,8 @@ own axes' part of the weight's spec.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
+from rslora_jax.deferred import Deferred, leading, put_off, specs_of
 from rslora_jax.factors import Factor
 from rslora_jax.placements import enter, shard_maps
 from rslora_jax.tracing import Held, Walk, bind, evaluate, open_jaxpr, scan_counts, settle
@@ -60,9 +63,13 @@ def _constrain(value: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return value
     if isinstance(value, Held):
-        base = lax.with_sharding_constraint(value.base, sharding)
-        return dataclasses.replace(value, base=base)
+        return dataclasses.replace(value, base=_asked(value.base, sharding))
     return value if value is None else lax.with_sharding_constraint(value, sharding)
+
+
+def _asked(base: Any, sharding: Any) -> Any:
+    ask = functools.partial(lax.with_sharding_constraint, shardings=sharding)
+    return put_off(base, ask, [base]) if isinstance(base, Deferred) else ask(base)
 
 
 def _remat(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
@@ -77,11 +84,11 @@ def _inline(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]
 
 def _custom(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
     """A function with its own derivative rule keeps it, so it gets the whole weight."""
-    probing = any(isinstance(arg, Held) and not arg.factors for arg in args)
-    if probing:
+    if walk.discovering:
         results = _inline(dataclasses.replace(walk, inside=True), eqn, args, needed)
         for result in results:
-            if isinstance(result, Held) and walk.record is not None:
+            if isinstance(result, Held):
+                assert walk.record is not None
                 walk.record(walk, result, eqn, "opaque", (), whole=True)
         return results
     return bind(eqn, [settle(walk, eqn, arg, kind="custom") for arg in args])
@@ -178,7 +185,7 @@ def _split_xs(x: Any) -> Any:
     """What `scan` slices of an operand: the base, and the factors that own the axis."""
     if not isinstance(x, Held):
         return x
-    return x.base, [_leading(f) if 0 in f.labels else None for f in x.factors]
+    return leading(x.base), [_leading(f) if 0 in f.labels else None for f in x.factors]
 
 
 def _leading(factor: Factor) -> jax.Array:
@@ -202,7 +209,8 @@ def _without_leading(labels: tuple[int, ...]) -> tuple[int, ...]:
 
 def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, ...]) -> list[Any]:
     params = eqn.params
-    args = [_enter(eqn, arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True)]
+    pairs = [_enter(eqn, arg, spec) for arg, spec in zip(args, params["in_specs"], strict=True)]
+    args = [arg for arg, _ in pairs]
     inner = _call(walk, eqn, needed, "jaxpr")
 
     def body(*operands: Any) -> list[Any]:
@@ -212,34 +220,43 @@ def _shard_map(walk: Walk, eqn: JaxprEqn, args: list[Any], needed: tuple[bool, .
     return jax.shard_map(
         body,
         mesh=params["mesh"],
-        in_specs=tuple(_spec(a, s) for a, s in zip(args, params["in_specs"], strict=True)),
+        in_specs=tuple(spec for _, spec in pairs),
         out_specs=[spec if want else None for spec, want in outs],
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )(*args)
 
 
-def _enter(eqn: JaxprEqn, arg: Any, spec: Any) -> Any:
-    """Taps stay outside where a shard holds a part of the inputs: its outputs are partial."""
+def _enter(eqn: JaxprEqn, arg: Any, spec: Any) -> tuple[Any, Any]:
+    """An operand on its way into a shard_map, and its spec.
+
+    Taps stay outside where a shard holds a part of the inputs: its outputs are partial.
+    """
     if not isinstance(arg, Held):
-        return arg
+        return arg, spec
     if len(arg.factors) > 2:
         a, _, sums, *_ = arg.factors
         parts = dict(enumerate(spec))
         split = any(parts.get(n) for n in a.labels if n not in sums.labels)
         arg = dataclasses.replace(arg, factors=arg.factors[:2]) if split else arg
-    return enter(eqn, arg, spec)
+    base, specs = specs_of(arg.base, spec, functools.partial(_devices, eqn.params["mesh"]))
+    arg = enter(eqn, dataclasses.replace(arg, base=base), spec)
+    return arg, _spec(arg, spec, specs)
 
 
-def _spec(arg: Any, spec: Any) -> Any:
+def _devices(mesh: Any, entry: Any) -> int:
+    """How many devices lie along an entry of a spec."""
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _spec(arg: Held, spec: Any, base: Any) -> Held:
     """The specs of a held weight: each factor takes its own axes' part of the weight's."""
-    if not isinstance(arg, Held):
-        return spec
     entries = dict(enumerate(spec))
     factors = tuple(
         Factor(PartitionSpec(*(entries.get(n) for n in f.labels)), f.labels) for f in arg.factors
     )
-    return dataclasses.replace(arg, base=spec, factors=factors)
+    return dataclasses.replace(arg, base=base, factors=factors)
 
 
 CONTROL: Mapping[str, Callable[..., list[Any]]] = {

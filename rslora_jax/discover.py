@@ -15,6 +15,7 @@ from rslora_jax.factors import LoraParams
 from rslora_jax.flow import MARK, find_heads, find_hidden, find_reaching
 from rslora_jax.paths import AdapterError
 from rslora_jax.program import Program, all_consts, capture_example, is_array
+from rslora_jax.quantized import struct_of
 from rslora_jax.rewrites import new_walk
 from rslora_jax.sites import Left, Site, Sites, Use
 from rslora_jax.tracing import Held, Walk, evaluate, settle, where
@@ -140,7 +141,7 @@ def _probed(program: Program, recorder: _Recorder) -> Any:
         results = evaluate(walk, program.jaxpr, program.consts, [*probes, *inputs])
         return [settle(walk, None, result, kind="output") for result in results]
 
-    weights = [program.base.leaves[k] for k in program.weights]
+    weights = [struct_of(program.base.leaves[k]) for k in program.weights]
     return jax.make_jaxpr(run)(weights, program.inputs)
 
 

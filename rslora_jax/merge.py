@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from rslora_jax.factors import LoraParams, delta, factors_of
+from rslora_jax.formats import formed
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.sites import Site
 
@@ -17,7 +18,8 @@ __all__ = ["merge", "unmerge"]
 def merge(params: LoraParams, sites: Sequence[Site]) -> Any:
     """The base with W + scale * a @ b at every site: a plain tree for the original model.
 
-    The sum is formed in float32 (float64 for a float64 weight) and cast once.
+    The sum is formed in float32 (float64 for a float64 weight) and cast once. Quantized weights
+    come out in the dtype that they had.
 
     Args:
       params: base and factors.
@@ -82,14 +84,15 @@ def _add(base: Any, lora: Mapping[str, Any], sites: Sequence[Site], sign: float)
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
     for site in sites if factors else ():
         weight = leaves.get(site.path)
-        if weight is None or jnp.shape(weight) != site.shape:
+        if getattr(weight, "shape", None) != site.shape:
             raise AdapterError(
                 f"The site {site.path!r} needs a base weight of shape {site.shape}, found "
-                f"{'none' if weight is None else jnp.shape(weight)}. "
+                f"{'none' if weight is None else weight.shape}. "
                 "Pass the parameters that were adapted."
             )
-        leaves[site.path] = _finite(site, _sum(weight, delta(site, factors[site.path]), sign))
-    return unflatten(flat, (leaves[path] for path in flat.paths))
+        change = delta(site, factors[site.path])
+        leaves[site.path] = _finite(site, _sum(formed(weight), change, sign))
+    return unflatten(flat, (formed(leaves[path]) for path in flat.paths))
 
 
 def _sum(weight: Any, change: jax.Array, sign: float) -> jax.Array:

@@ -286,12 +286,11 @@ def _gather(walk: Walk, eqn: Any, held: Any, indices: Any) -> Any:
     rows = partial(_pick, eqn=eqn, indices=indices, axis=axis, places=places, new=new)
     cuts = cut_by_index(walk, eqn, held, [axis]).cuts
     moved = replace(_move(held, base, view, rows), cuts=cuts)
-    if held.factors:
-        stacked = all(axis in factor.labels for factor in held.factors)
-        if stacked:
-            return moved
-        return settle(walk, eqn, replace(moved, rows=held.view[axis]), kind="lookup")
-    return _picked(walk, eqn, held, moved, axis)
+    if walk.discovering:
+        return _picked(walk, eqn, held, moved, axis)
+    if all(axis in factor.labels for factor in held.factors):
+        return moved
+    return settle(walk, eqn, replace(moved, rows=held.view[axis]), kind="lookup")
 
 
 def _gathered(eqn: Any, ndim: int) -> tuple[int, tuple[int, ...]]:

@@ -12,6 +12,8 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from rslora_jax.quantized import is_quantized
+
 __all__ = ["AdapterError", "Flat", "flatten", "insert", "lookup", "nearest", "unflatten"]
 
 PyTree: TypeAlias = Any
@@ -22,7 +24,10 @@ class AdapterError(ValueError):
 
 
 class Flat(NamedTuple):
-    """A pytree as parallel tuples of paths and leaves, and the way back."""
+    """A pytree as parallel tuples of paths and leaves, and the way back.
+
+    A quantized weight is one leaf.
+    """
 
     paths: tuple[str, ...]
     leaves: tuple[Any, ...]
@@ -45,9 +50,11 @@ def flatten(tree: PyTree) -> Flat:
       >>> flatten({"dense": {"kernel": 1.0, "bias": 2.0}}).paths
       ('dense/bias', 'dense/kernel')
     """
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: _is_box(node) or is_quantized(node)
+    )
     paths = tuple(path for keys, node in nodes for path in _leaf_paths(keys, node))
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_quantized)
     _refuse_duplicates(paths)
     return Flat(paths, tuple(leaves), treedef)
 
@@ -93,7 +100,9 @@ def _is_box(node: Any) -> bool:
 
 
 def _leaf_paths(keys: tuple[Any, ...], node: Any) -> list[str]:
-    inner = jax.tree_util.tree_flatten_with_path(node)[0] if _is_box(node) else [((), node)]
+    if not _is_box(node):
+        return [_join(keys)]
+    inner = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_quantized)[0]
     if len(inner) == 1:
         return [_join(keys)]
     return [_join((*keys, *rest)) for rest, _ in inner]

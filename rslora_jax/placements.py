@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rslora_jax.axes import RANK
+from rslora_jax.deferred import typed
 from rslora_jax.factors import Factor
 from rslora_jax.flow import find_varying
 from rslora_jax.meshes import along, entries
@@ -50,7 +51,7 @@ def _reshard(walk: Walk, eqn: Any, held: Held) -> Held:
     """On Explicit axes: each axis of a factor moves as the weight's own axis moves."""
     base, axes = bind(eqn, [held.base])[0], range(held.base.ndim)
     mesh = eqn.params["dst_sharding"].mesh
-    before, after = (entries(array, axes) for array in (held.base, base))
+    before, after = (entries(typed(array), axes) for array in (held.base, base))
     moved = {n for n in axes if before.get(n) != after.get(n)}
 
     def act(factor: Factor) -> Factor:
@@ -94,7 +95,7 @@ def enter(eqn: Any, held: Held, spec: PartitionSpec) -> Held:
         for name in names
     )
     manual, everywhere = eqn.params["newly_manual_axes"], range(held.base.ndim)
-    base = along(everywhere, (Factor(held.base, tuple(everywhere)),))
+    base = along(everywhere, (Factor(typed(held.base), tuple(everywhere)),))
 
     def act(factor: Factor) -> Factor:
         if base is None:

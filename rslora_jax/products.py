@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.axes import RANK
+from rslora_jax.deferred import Deferred, form
 from rslora_jax.factors import Factor, contract, project
 from rslora_jax.meshes import along
 from rslora_jax.taps import Ragged, watch_input, watch_output
@@ -30,17 +31,20 @@ def whole(held: Held) -> jax.Array:
 
     The sum is formed in float32 (float64 for a float64 weight) and cast once.
     """
+    if not held.factors:
+        return form(held.base)
     a, b, *taps = held.factors
-    wide = jnp.promote_types(jnp.float32, held.base.dtype)
+    array = form(held.base)
+    wide = jnp.promote_types(jnp.float32, array.dtype)
     keep = {n for factor in (a, b) for n in factor.labels if n != RANK}
     dot = partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     first, second = (Factor(f.array.astype(wide), f.labels) for f in (a, b))
-    base = Factor(held.base, tuple(range(held.base.ndim)))
+    base = Factor(array, tuple(range(array.ndim)))
     product = contract(first, second, keep=keep, dot=dot, sides=(base,))
     delta = _arrange(product, base) * held.scale
     if held.rows:  # rows that were looked up are an activation, a weight is none
-        delta = watch_output(Factor(delta, base.labels), held.base, taps)
-    return (held.base.astype(wide) + delta).astype(held.base.dtype)
+        delta = watch_output(Factor(delta, base.labels), array, taps)
+    return (array.astype(wide) + delta).astype(array.dtype)
 
 
 def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -50,12 +54,12 @@ def _dot_general(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> Any:
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     mine, theirs = ((lc, lb), (rc, rb)) if left else ((rc, rb), (lc, lb))
     seen = beside(walk, x) if held.factors else x  # ahead of `base`: its gradient comes last
-    base = bind(eqn, (held.base, x) if left else (x, held.base))[0]
+    base = _base(eqn, (held.base, x) if left else (x, held.base))
     if jax.typeof(base).sharding.spec.unreduced:
         raise Unsupported("its result is left unreduced over a mesh axis")
     labels = _x_labels(x.ndim, held.base.ndim, mine, theirs)
     if not held.factors:
-        return _report(walk, eqn, held, base, summed=mine[0], stacked=mine[1])
+        return _alone(walk, eqn, held, base, summed=mine[0], stacked=mine[1])
     out = _dot_labels(labels, held.base.ndim, mine, left)
     first, second = _order(held, mine[0])
     how = _How(out, tuple(mine[0]), held.scale, left, *(eqn.params[name] for name in OPTIONS))
@@ -89,6 +93,22 @@ def _plus(
     return base + watch_output(Factor(added, how.out), base, taps)
 
 
+def _base(eqn: Any, operands: Sequence[Any]) -> jax.Array:
+    """The product with the weight itself.
+
+    A quantized weight is formed here, and again in the backward pass: what is kept in between
+    are its integers. (Whoever keeps the product keeps an activation, as ever.)
+    """
+    if not any(isinstance(operand, Deferred) for operand in operands):
+        return bind(eqn, operands)[0]
+    return jax.checkpoint(lambda *given: bind(eqn, [form(x) for x in given])[0])(*operands)
+
+
+def _alone(walk: Walk, eqn: Any, held: Held, base: Any, **roles: Any) -> Any:
+    """A product without factors: reported while discovering, else complete."""
+    return _report(walk, eqn, held, base, **roles) if walk.discovering else base
+
+
 def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
     """Of two held operands the one that holds picked rows, else the left one, is formed."""
     if isinstance(lhs, Held) and isinstance(rhs, Held):
@@ -101,7 +121,7 @@ def _one_held(walk: Walk, eqn: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
 
 
 def _both(walk: Walk, eqn: Any, lhs: Held, rhs: Held) -> tuple[Any, Any]:
-    if lhs.factors:
+    if not walk.discovering:
         return whole(lhs), rhs
     (lc, _), (lb, _) = eqn.params["dimension_numbers"]
     _report(walk, eqn, lhs, lhs.base, summed=lc, stacked=lb, whole=True)
@@ -149,10 +169,10 @@ def _ragged_dot(walk: Walk, eqn: Any, x: Any, held: Any, sizes: Any) -> Any:
     ((xc, wc), (xb, _)), groups = numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
     if xb or not groups or numbers.lhs_ragged_dimensions[0] in xc:
         raise Unsupported("only the form of `jax.lax.ragged_dot` is supported")
-    base = bind(eqn, [x, held.base, sizes])[0]
+    base = _base(eqn, [x, held.base, sizes])
     if not held.factors:
         _refuse_grown(held)
-        return _report(walk, eqn, held, base, summed=wc, stacked=groups)
+        return _alone(walk, eqn, held, base, summed=wc, stacked=groups)
     first, second = _order(held, wc)
     dot = partial(_ragged_like, eqn, sizes, x.dtype, tuple(groups))
     xs = _x_labels(x.ndim, held.base.ndim, (wc, ()), (xc, ()))
@@ -213,10 +233,10 @@ def _conv(walk: Walk, eqn: Any, x: Any, held: Any) -> Any:
         raise Unsupported("a grouped convolution has no low-rank form; exclude it")
     spec = params["dimension_numbers"]
     out_axis, *summed = spec.rhs_spec
-    base = bind(eqn, [x, held.base])[0]
+    base = _base(eqn, [x, held.base])
     if not held.factors:
         _refuse_grown(held)
-        return _report(walk, eqn, held, base, summed=tuple(summed), stacked=())
+        return _alone(walk, eqn, held, base, summed=tuple(summed), stacked=())
     first, second = _order(held, summed)
     if set(first.labels) != {*summed, RANK} or set(second.labels) != {out_axis, RANK}:
         raise Unsupported("its input and output axes are mixed by another use")

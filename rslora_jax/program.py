@@ -11,6 +11,7 @@ from jax import lax
 from jax.core import Tracer
 
 from rslora_jax.paths import AdapterError, Flat, flatten, unflatten
+from rslora_jax.quantized import Quantized, struct_of
 from rslora_jax.tracing import open_jaxpr
 
 __all__ = ["Program", "all_consts", "capture", "capture_example", "is_array"]
@@ -72,7 +73,8 @@ def capture(
         output["leaves"] = [None if is_array(leaf) else leaf for leaf in results]
         return [results[k] for k in output["arrays"]]
 
-    closed = _trace(flat, [base.leaves[k] for k in weights], [leaves[k] for k in inputs])
+    structs = [struct_of(base.leaves[k]) for k in weights]
+    closed = _trace(flat, structs, [leaves[k] for k in inputs])
     jaxpr, consts = open_jaxpr(closed)
 
     def rebuild(values: Sequence[Any]) -> Any:
@@ -112,8 +114,8 @@ def all_consts(program: Program) -> list[Any]:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced: an array, a typed key or an abstract array."""
-    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    """Whether a leaf is traced: an array, a quantized weight, a key or an abstract array."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct | Quantized)
 
 
 def _refuse_changes(given: Any, before: list[Any]) -> None:

@@ -24,6 +24,7 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import DropVar, Jaxpr, JaxprEqn, Literal, Var
 
+from rslora_jax.deferred import Deferred, form, put_off, transposed
 from rslora_jax.factors import Factor
 from rslora_jax.paths import AdapterError
 
@@ -44,6 +45,9 @@ __all__ = [
 
 Rule: TypeAlias = Callable[..., Any]
 View: TypeAlias = tuple[frozenset[int], ...]
+
+EACH = ("convert_element_type", "copy", "copy_p", "name", "neg", "stop_gradient")
+"""Primitives that treat every entry of their one operand alike."""
 
 FOREIGN = ("jax", "jaxlib", "flax", "haiku", "equinox", "rslora_jax")
 
@@ -72,8 +76,10 @@ class Held:
     """A weight, or a view of it, as base + scale * (factors multiplied over the rank).
 
     Attributes:
-      base: the array, transformed just as the program transforms it.
-      factors: `a` and `b`, labelled by the axes of `base`; ``()`` while discovering.
+      base: the array, transformed just as the program transforms it; of a quantized weight
+        what is still to be done, `Deferred`.
+      factors: `a` and `b`, labelled by the axes of `base`; ``()`` while discovering, and for a
+        quantized weight without an adapter.
       path: the weight's path.
       view: for each axis of `base`, the axes of the weight that it came from.
       scale: the site's scale.
@@ -118,6 +124,11 @@ class Walk:
     inside: bool = False
     callers: tuple[JaxprEqn, ...] = ()
     forks: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def discovering(self) -> bool:
+        """Whether uses are reported, and nothing is adapted."""
+        return self.record is not None
 
 
 def evaluate(
@@ -183,8 +194,10 @@ def settle(walk: Walk, eqn: Any, value: Any, reason: str = "", kind: str = "opaq
     """
     if not isinstance(value, Held):
         return value
-    if not value.factors:
+    if walk.discovering:
         return _discovered(walk, eqn, value, reason, kind)
+    if not value.factors:
+        return form(value.base)
     if kind == "opaque" and not (value.merge or value.rows):
         ask = "Exclude it" if reason else "Adapt with an example call that shows this use"
         raise AdapterError(
@@ -286,10 +299,28 @@ def _typed(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    """Binds an equation's primitive unchanged."""
+    """Binds an equation's primitive unchanged; what it does to a deferred weight is put off."""
+    if any(isinstance(arg, Deferred) for arg in args):
+        return _put_off(eqn, args)
     params = eqn.primitive.get_bind_params(eqn.params)
     results = eqn.primitive.bind(*args, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _put_off(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    base, *others = (arg for arg in args if isinstance(arg, Deferred))
+    turning = eqn.primitive.name == "transpose"
+    turned = transposed(base, eqn.params["permutation"]) if turning else None
+    if turned is not None:
+        return [turned]
+    args = [form(arg) if any(arg is other for other in others) else arg for arg in args]
+    each = eqn.primitive.name in EACH
+    results = range(len(eqn.outvars))
+    return [put_off(base, functools.partial(_result, eqn, k), args, each=each) for k in results]
+
+
+def _result(eqn: JaxprEqn, number: int, *args: Any) -> Any:
+    return bind(eqn, args)[number]
 
 
 def _discovered(walk: Walk, eqn: Any, held: Held, reason: str, kind: str) -> Any:

@@ -19,6 +19,7 @@ import optax
 from rslora_jax.analysis import magnitudes
 from rslora_jax.analysis.magnitudes import Quantities
 from rslora_jax.factors import LoraParams, factors_of
+from rslora_jax.formats import formed
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.sites import Site
 from rslora_jax.tables import Table
@@ -176,7 +177,7 @@ def _report(request: _Request, params: LoraParams, args: Any, state: Any, eps: A
     loss_fn, sites, tx, weights = request
     flat = flatten(params.base)
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
-    matrices = {site.path: leaves[site.path] for site in sites}
+    matrices = {site.path: formed(leaves[site.path]) for site in sites}
 
     def loss(lora: Any, chosen: Mapping[str, Any]) -> jax.Array:
         base = unflatten(flat, [chosen.get(path, leaves[path]) for path in flat.paths])
@@ -184,7 +185,7 @@ def _report(request: _Request, params: LoraParams, args: Any, state: Any, eps: A
 
     wanted = (0, 1) if weights else (0,)
     tapped = tap(params.lora, sites, spectral=True)
-    value, (grads, *more) = jax.value_and_grad(loss, wanted)(tapped, matrices)
+    value, (grads, *more) = jax.value_and_grad(loss, wanted)(tapped, matrices if weights else {})
     grads, taps = untap(grads, sites)
     updates: Any = {}
     if tx is not None:

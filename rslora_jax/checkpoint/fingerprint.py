@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from rslora_jax.checkpoint.content import LONGEST, content
 from rslora_jax.paths import AdapterError, flatten
+from rslora_jax.quantized import is_quantized
 
 __all__ = ["Fingerprint", "Leaf", "fingerprint"]
 
@@ -114,7 +115,8 @@ def fingerprint(tree: PyTree) -> Fingerprint:
     an array is made; one program is compiled for each shape, dtype and sharding.
 
     Args:
-      tree: any pytree of arrays, numbers and typed PRNG keys. Of `jax.ShapeDtypeStruct`s only
+      tree: any pytree of arrays, numbers and typed PRNG keys; a quantized weight counts as its
+        integers, its scales and its format. Of `jax.ShapeDtypeStruct`s only
         shape and dtype are noted; text counts by value, a function or class by its name.
 
     Returns:
@@ -127,10 +129,15 @@ def fingerprint(tree: PyTree) -> Fingerprint:
       >>> fingerprint({"w": jax.numpy.arange(6.0).reshape(2, 3)}).leaves[0].content
       '8e0374d4dbfe4b68'
     """
-    flat = flatten(tree)
+    flat = flatten(jax.tree.map(_opened, tree, is_leaf=is_quantized))
     found = [_begin(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)]
     leaves = [dataclasses.replace(leaf, content=finish()) for leaf, finish in found]
     return Fingerprint(tuple(sorted(leaves, key=lambda leaf: leaf.path)))
+
+
+def _opened(leaf: Any) -> Any:
+    """A quantized weight as what it is made of: its numbers depend on all of it."""
+    return vars(leaf) if is_quantized(leaf) else leaf
 
 
 def _begin(path: str, leaf: Any) -> tuple[Leaf, Callable[[], str | None]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rslora_jax.factors import LoraParams, factors_of
 from rslora_jax.files import read_json
+from rslora_jax.formats import formed
 from rslora_jax.merge import merge
 from rslora_jax.paths import AdapterError, flatten, insert, lookup
 from rslora_jax.peft.arrange import part, weight_out
@@ -120,7 +121,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     for path, one in placed.items():
         for at, name in one.names().items():
-            piece = leaves[path][part(one.layout, at)]
+            piece = formed(leaves[path][part(one.layout, at)])
             if path in factors:
                 piece = _merged(known[path], one, at, piece, factors[path])
             yield name, np.ascontiguousarray(weight_out(one.layout, np.asarray(piece)))

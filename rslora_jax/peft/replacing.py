@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rslora_jax.formats import formed
 from rslora_jax.paths import AdapterError, flatten, nearest, unflatten
 from rslora_jax.peft.arrange import part, weight_in, weight_out, weight_shape
 from rslora_jax.peft.modules import PeftAdapter
@@ -63,7 +64,7 @@ def replaced_base(
 def fetch(where: Where, leaf: Any) -> np.ndarray:
     """One tensor of a leaf, on the host, as Hugging Face arranges it."""
     layout = where.placed.layout
-    return weight_out(layout, np.asarray(jax.device_get(leaf[part(layout, where.at)])))
+    return weight_out(layout, np.asarray(jax.device_get(formed(leaf[part(layout, where.at)]))))
 
 
 def _where(tensors: Tensors, name: str) -> Where:
@@ -159,6 +160,7 @@ def _updated(
                 "shape without numbers. Pass the base with its arrays."
             )
         leaf = jnp.zeros(leaf.shape, leaf.dtype)
+    leaf = formed(leaf)
     new = np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
     for at, array in arrays.items():
         value = weight_in(layout, array).astype(leaf.dtype)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rslora_jax.factors import LoraParams, factors_of
 from rslora_jax.paths import AdapterError, flatten, unflatten
+from rslora_jax.quantized import is_quantized, map_parts, part_spec
 from rslora_jax.sharding.checks import Placing, check_placing
 from rslora_jax.sharding.policies import DEFAULT, PolicyLike
 from rslora_jax.sharding.sources import AxisRules, Source, base_specs
@@ -146,10 +147,19 @@ def _base(mesh: Mesh | AbstractMesh, base: Any, source: Source, rules: Any) -> A
                 f"No pattern gives the base weight {path!r} a spec. Add a pair for it, such as "
                 '(".*", PartitionSpec()) at the end of the list.'
             )
-        spec = found[path]
-        check_placing(Placing.of_weight(path, getattr(leaf, "shape", ()), spec), mesh)
-        places.append(NamedSharding(mesh, spec, memory_kind=_memory_kind(leaf)))
+        places.append(_place_of(path, leaf, found[path], mesh))
     return unflatten(flat, places)
+
+
+def _place_of(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:
+    """Where a leaf lies; of a quantized weight, where its integers and its scales do."""
+
+    def place(part: Any) -> NamedSharding:
+        own = part_spec(spec, part, leaf) if is_quantized(leaf) else spec
+        check_placing(Placing.of_weight(path, getattr(part, "shape", ()), own), mesh)
+        return NamedSharding(mesh, own, memory_kind=_memory_kind(part))
+
+    return map_parts(place, leaf) if is_quantized(leaf) else place(leaf)
 
 
 def _check_told(mesh: Mesh | AbstractMesh, base: Any, places: Any) -> None:

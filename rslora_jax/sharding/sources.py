@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.paths import AdapterError, flatten, nearest
+from rslora_jax.quantized import Quantized
 from rslora_jax.sharding.checks import Placing, check_length
 from rslora_jax.sharding.patterns import are_pairs, check_pairs, first_match
 from rslora_jax.sharding.policies import entry_names
@@ -135,10 +136,11 @@ def _check_splits(pairs: Any, found: dict[str, PartitionSpec]) -> None:
 
 
 def _is_leaf(node: Any) -> bool:
-    return node is None or isinstance(node, AxisMetadata | nnx.Variable | PartitionSpec)
+    return node is None or isinstance(node, AxisMetadata | nnx.Variable | PartitionSpec | Quantized)
 
 
 def _read(path: str, node: Any, rules: AxisRules | None) -> PartitionSpec:
+    node = node.values if isinstance(node, Quantized) else node  # of arrays or of shardings
     if node is None:
         return PartitionSpec()
     if isinstance(node, PartitionSpec):
@@ -174,8 +176,9 @@ def _of_sharding(path: str, sharding: Sharding) -> PartitionSpec:
 
 
 def _of_box(path: str, box: Any, rules: AxisRules | None) -> PartitionSpec:
-    inner = jax.tree.leaves(box, is_leaf=lambda node: isinstance(node, PartitionSpec))
+    inner = jax.tree.leaves(box, is_leaf=lambda node: isinstance(node, PartitionSpec | Quantized))
     inside = inner[0] if inner else None
+    inside = inside.values if isinstance(inside, Quantized) else inside
     if isinstance(inside, PartitionSpec | Sharding):  # `shardings` and `nnx.get_partition_spec`
         return _read(path, inside, rules)
     if isinstance(box, nnx.Variable):

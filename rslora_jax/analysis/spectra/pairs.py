@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from rslora_jax.axes import fan_in, fan_out
 from rslora_jax.factors import LoraParams
+from rslora_jax.formats import formed
 from rslora_jax.paths import AdapterError, flatten, nearest
 from rslora_jax.sites import Site
 
@@ -103,7 +104,7 @@ def _leaves(tree: Any, name: str) -> dict[str, Any]:
             "merge(params, sites) for the adapted weights, or use `spectrum` for its factors."
         )
     flat = flatten(tree)
-    return dict(zip(flat.paths, flat.leaves, strict=True))
+    return {path: formed(leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)}
 
 
 def _check_match(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from rslora_jax.analysis.spectra.effective_rank import EffectiveRanks, effective
 from rslora_jax.analysis.spectra.randomized import delta_svd
 from rslora_jax.analysis.spectra.truncation import Change, Losses, changes, truncated_losses
 from rslora_jax.axes import fan_in, fan_out
+from rslora_jax.formats import formed
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.sites import Site
 from rslora_jax.tables import Table
@@ -162,7 +163,9 @@ def _mean_gradient(
 ) -> dict[str, jax.Array]:
     flat = flatten(base)
     weights = {
-        path: leaf for path, leaf in zip(flat.paths, flat.leaves, strict=True) if path in paths
+        path: formed(leaf)
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        if path in paths
     }
 
     @jax.jit

@@ -13,6 +13,7 @@ from rslora_jax.analysis.spectra.pairs import Pair, pairs
 from rslora_jax.analysis.spectra.randomized import DeltaSvd, delta_svd
 from rslora_jax.axes import delta_subscripts, factor_shapes
 from rslora_jax.factors import LoraParams, factors_of
+from rslora_jax.formats import formed
 from rslora_jax.norms import factored_svd
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.sites import Site
@@ -146,7 +147,7 @@ def _plus(tree: Any, found: Sequence[Change], svds: Sequence[DeltaSvd], rank: An
     flat = flatten(tree)
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
     for change, svd in zip(found, svds, strict=True):
-        weight = jnp.asarray(leaves[change.path])
+        weight = jnp.asarray(formed(leaves[change.path]))
         part = _part(change, svd, rank)
         leaves[change.path] = (weight.astype(part.dtype) + part).astype(weight.dtype)
     return unflatten(flat, leaves.values())
