@@ -238,3 +238,10 @@ def test_the_files_to_keep_are_those_of_the_tokenizer_and_the_settings(tmp_path)
     source = open_model(folder)
     assert [file.name for file in source.files] == ["config.json", "tokenizer.json"]
     assert source.settings == SETTINGS
+
+
+def test_the_files_are_written_beside_merged_weights(tmp_path):
+    source = open_model(write_folder(tmp_path / "tiny", torch_dtype="float16"))
+    source.save_tokenizer(tmp_path / "merged")
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["tokenizer.json"]
+    assert source.settings["torch_dtype"] == "float32"

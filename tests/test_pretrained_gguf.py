@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
+import rslora_jax as rl
 from llama import RopeScaling, rope_frequencies
 from pretrained import ModelError, open_model
 from tests.checkpoints import (
@@ -30,7 +31,7 @@ KINDS = {
 def test_a_llama_is_read_as_it_was_written(tmp_path, kind):
     config = dataclasses.replace(TINY, **KINDS[kind])
     source = open_model(write_gguf(tmp_path / "tiny.gguf", config))
-    assert (source.config, source.family, source.context) == (config, "llama", 64)
+    assert (source.config, source.context) == (config, 64)
     jax.tree.map(np.testing.assert_array_equal, source.load(), variables_of(config))
 
 
@@ -168,7 +169,26 @@ def test_special_tokens_and_the_template_are_in_the_metadata(tmp_path):
     assert source.chat.render([], generate=False) == "c<|end|>"
 
 
-def test_a_config_json_is_made_from_the_metadata(tmp_path):
-    settings = open_model(write_gguf(tmp_path / "tiny.gguf")).settings
-    assert settings["model_type"] == "llama" and settings["hidden_size"] == 8
-    assert settings["architectures"] == ["LlamaForCausalLM"]
+@pytest.mark.parametrize(
+    ("changes", "said", "family"),
+    [
+        ({}, {}, "llama"),
+        ({"qkv_bias": True}, {}, "qwen2"),
+        ({"sliding_window": 5}, {"llama.attention.sliding_window": 5}, "mistral"),
+        ({"qkv_bias": True, "sliding_window": 5}, {"llama.attention.sliding_window": 5}, "qwen2"),
+    ],
+)
+def test_a_folder_is_written_that_is_the_same_model(tmp_path, changes, said, family):
+    config = dataclasses.replace(TINY, **changes)
+    said |= {"tokenizer.ggml.bos_token_id": 3, "tokenizer.ggml.add_bos_token": True}
+    said |= {"tokenizer.chat_template": "{{ bos_token }}{{ eos_token }}"}
+    source = open_model(write_gguf(tmp_path / "tiny.gguf", config, said=said))
+    folder = tmp_path / "folder"
+    rl.peft.merge_to_hf(folder, source.load(), config=source.settings)
+    source.save_tokenizer(folder)
+    again = open_model(folder)
+    assert (again.config, again.family, again.context) == (config, family, 64)
+    assert (again.eos, again.bos, again.pad) == (source.eos, 3, 0)
+    assert again.chat == source.chat
+    assert again.tokenizer.encode("ab c").ids == source.tokenizer.encode("ab c").ids == [3, 5, 6]
+    jax.tree.map(np.testing.assert_array_equal, again.load(), source.load())

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
@@ -27,6 +28,7 @@ KEPT = (
     "chat_template.jinja",
 )
 """The files that are copied beside merged weights."""
+DTYPES = ("dtype", "torch_dtype")  # the first is how transformers 5 spells it
 
 
 def open_folder(folder: Path, dtype: DTypeLike) -> Source:
@@ -58,7 +60,8 @@ def _open(folder: Path, dtype: DTypeLike) -> Source:
         tokenizer=tokenizer,
         chat=None if template is None else Chat(template, words),
         **special._asdict(),
-        settings=settings,
+        settings=settings | {name: jnp.dtype(dtype).name for name in DTYPES if name in settings},
+        tokenizer_settings=said,
         files=tuple(file for name in KEPT if (file := folder / name).is_file()),
         structs=structs,
         pieces=pieces,

@@ -10,20 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from llama import LlamaConfig, RopeScaling, rope_frequencies
 from pretrained.chat import Chat
 from pretrained.errors import ModelError
-from pretrained.gguf_tokens import read_special, read_tokenizer, read_words
+from pretrained.gguf_tokens import (
+    read_special,
+    read_tokenizer,
+    read_words,
+    write_tokenizer_settings,
+)
 from pretrained.metadata import Metadata
 from pretrained.pieces import Tensors, match, structs_of
-from pretrained.sizes import write_settings
+from pretrained.sizes import name_family, write_settings
 from pretrained.source import Source
 from pretrained.special import check_vocabulary
 
-FAMILIES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2")
 BLOCKS = {
     "embed_tokens": "token_embd",
     "norm": "output_norm",
@@ -56,37 +62,38 @@ def open_gguf(path: Path, dtype: DTypeLike) -> Source:
 
 def _open(path: Path, reader: gguf.GGUFReader, dtype: DTypeLike) -> Source:
     metadata = Metadata(reader)
-    family = metadata.expect("general.architecture", FAMILIES)
+    architecture = metadata.expect("general.architecture", ARCHITECTURES)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = read_sizes(metadata, tensors, family)
+    config = read_sizes(metadata, tensors, architecture)
     structs = structs_of(config, dtype)
-    pieces = match(structs, _tensors(tensors, config, family), tensor_name, DIVISORS.__eq__)
+    pieces = match(structs, _tensors(tensors, config, architecture), tensor_name, DIVISORS.__eq__)
     tokenizer, special = read_tokenizer(metadata), read_special(metadata)
     check_vocabulary(tokenizer, special, config.vocab_size)
     template = metadata.get("tokenizer.chat_template")
-    context = metadata[f"{family}.context_length"]
+    context = metadata[f"{architecture}.context_length"]
+    settings = write_settings(config, context) | {"torch_dtype": jnp.dtype(dtype).name}
     return Source(
         path=path,
-        family=family,
+        family=name_family(config),
         config=config,
         context=context,
         tokenizer=tokenizer,
         chat=None if template is None else Chat(template, read_words(metadata)),
         **special._asdict(),
-        settings=write_settings(config, family, context),
+        settings=settings | {"eos_token_id": list(special.eos), "bos_token_id": special.bos},
+        tokenizer_settings=write_tokenizer_settings(metadata),
         files=(),
         structs=structs,
         pieces=pieces,
     )
 
 
-def read_sizes(metadata: Metadata, tensors: Mapping[str, Any], family: str) -> LlamaConfig:
+def read_sizes(metadata: Metadata, tensors: Mapping[str, Any], architecture: str) -> LlamaConfig:
     """The sizes in the metadata, and what the tensors themselves say: heads, biases."""
 
-    def said(name: str, *default: Any) -> Any:
-        return (
-            metadata.get(f"{family}.{name}", *default) if default else metadata[f"{family}.{name}"]
-        )
+    def said(name: str, default: Any = ...) -> Any:
+        name = f"{architecture}.{name}"
+        return metadata[name] if default is ... else metadata.get(name, default)
 
     heads, d_model = said("attention.head_count"), said("embedding_length")
     head_dim = said("attention.key_length", d_model // heads)
@@ -127,17 +134,16 @@ def tensor_name(path: str, layer: int | None) -> str:
 
 def _refuse_others(said: Any, head_dim: int) -> None:
     """Refuse what `llama.Llama` does not compute."""
-    allowed = {
-        "expert_count": (0,),
-        "rope.dimension_count": (head_dim,),
-        "attention.value_length": (head_dim,),
-        "rope.scaling.type": ("none",),
-        "rope.scale_linear": (1.0,),
-        "attention.scale": (head_dim**-0.5,),
+    supported = {
+        "expert_count": 0,
+        "rope.dimension_count": head_dim,
+        "attention.value_length": head_dim,
+        "rope.scaling.type": "none",
+        "rope.scale_linear": 1.0,
     }
-    for name, values in allowed.items():
-        if (found := said(name, values[0])) not in values:
-            raise ModelError(f"{name} is {found!r}; supported is {values[0]!r}")
+    for name, value in supported.items():
+        if (found := said(name, value)) != value:
+            raise ModelError(f"{name} is {found!r}; supported is {value!r}")
 
 
 def _rope_scaling(tensor: Any, theta: float, head_dim: int) -> RopeScaling | None:
@@ -160,14 +166,15 @@ def _rope_scaling(tensor: Any, theta: float, head_dim: int) -> RopeScaling | Non
     return guess
 
 
-def _tensors(tensors: Mapping[str, Any], config: LlamaConfig, family: str) -> Tensors:
-    heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if family == "llama" else {}
+def _tensors(tensors: Mapping[str, Any], config: LlamaConfig, architecture: str) -> Tensors:
+    permuted = {"attn_q": config.heads, "attn_k": config.kv_heads}
+    heads = permuted if architecture == "llama" else {}
 
     def read(name: str) -> np.ndarray:
         weight = _floats(tensors[name])
         block = re.fullmatch(r"blk\.\d+\.(\w+)\.(?:weight|bias)", name)
-        permuted = heads.get(block[1]) if block else None
-        return weight if permuted is None else unpermute(weight, permuted)
+        count = heads.get(block[1]) if block else None
+        return weight if count is None else unpermute(weight, count)
 
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
     return Tensors(shapes, read)

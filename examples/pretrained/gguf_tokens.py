@@ -1,8 +1,17 @@
-"""The tokenizer in a GGUF file: byte-level BPE of the three families of texts that use it."""
+"""The tokenizer in a GGUF file: byte-level BPE, with the splittings that are known here."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from pretrained.metadata import Metadata
 from pretrained.special import Special
@@ -62,6 +71,11 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
     kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
     tokenizer.add_special_tokens(_added(kinds, CONTROL))
     tokenizer.add_tokens(_added(kinds, USER))
+    bos = read_special(metadata).bos
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     return tokenizer
 
 
@@ -80,6 +94,14 @@ def read_words(metadata: Metadata) -> dict[str, str]:
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     ids = {ours: metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()}
     return {name: tokens[token] for name, token in ids.items() if token is not None}
+
+
+def write_tokenizer_settings(metadata: Metadata) -> dict[str, Any]:
+    """The tokenizer_config.json of a tokenizer that has none."""
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= read_words(metadata)
+    template = metadata.get("tokenizer.chat_template")
+    return settings if template is None else settings | {"chat_template": template}
 
 
 def _adds_bos(metadata: Metadata) -> bool:

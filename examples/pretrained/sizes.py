@@ -126,8 +126,16 @@ def read_window(said: Mapping[str, Any], family: str) -> int | None:
     return window if kinds[0] == "sliding_attention" else None
 
 
-def write_settings(config: LlamaConfig, family: str, context: int) -> dict[str, Any]:
+def name_family(config: LlamaConfig) -> str:
+    """The family whose config.json can say what a model computes."""
+    if config.qkv_bias:
+        return "qwen2"
+    return "llama" if config.sliding_window is None else "mistral"
+
+
+def write_settings(config: LlamaConfig, context: int) -> dict[str, Any]:
     """The config.json of a model that has none: what `read_sizes` reads back."""
+    family = name_family(config)
     settings: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
@@ -144,15 +152,23 @@ def write_settings(config: LlamaConfig, family: str, context: int) -> dict[str, 
         "max_position_embeddings": context,
         "tie_word_embeddings": config.tied,
     }
-    if family == "llama":
-        settings |= {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
-    if family == "mistral":
-        settings["sliding_window"] = config.sliding_window
     if config.rope_scaling is not None:
         values = dataclasses.asdict(config.rope_scaling)
         scaling = {theirs: values[ours] for ours, theirs in LLAMA3.items()}
         settings["rope_scaling"] = {"rope_type": "llama3", **scaling}
-    return settings
+    return settings | _words_of(config, family)
+
+
+def _words_of(config: LlamaConfig, family: str) -> dict[str, Any]:
+    """What only one family says."""
+    window = config.sliding_window
+    if family == "llama":
+        return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    if family == "mistral":
+        return {"sliding_window": window}
+    if window is None:
+        return {"use_sliding_window": False}
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
 
 
 def _number(said: Mapping[str, Any], name: str) -> int:

@@ -1,6 +1,8 @@
 """The source of a model: what is known of a checkpoint before its numbers are read."""
 
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,9 @@ class Source:
       eos: tokens that end an answer, the tokenizer's own first; empty if none is known.
       bos: what the tokenizer puts in front of a text, if it does.
       pad: a token to fill rows with.
-      settings: config.json of this model, as transformers reads it.
-      files: config.json and the tokenizer's files, to be copied beside merged weights.
+      settings: config.json of this model, as it is loaded here.
+      tokenizer_settings: tokenizer_config.json of this model.
+      files: config.json and the tokenizer's files, if it is a folder.
       structs: the variables of `llama.Llama`, abstract.
       pieces: the checkpoint's tensors, and where each goes.
     """
@@ -43,6 +46,7 @@ class Source:
     bos: int | None
     pad: int
     settings: Mapping[str, Any]
+    tokenizer_settings: Mapping[str, Any]
     files: tuple[Path, ...]
     structs: Any
     pieces: tuple[Piece, ...]
@@ -66,11 +70,19 @@ class Source:
         return load(self.structs, self.pieces, places, prepare)
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer, and the template, for transformers to read."""
+        """Write the tokenizer and the chat template beside weights, for transformers to read."""
         folder.mkdir(parents=True, exist_ok=True)
-        if self.files:
-            for file in self.files:
-                if file.name != "config.json":
-                    (folder / file.name).write_bytes(file.read_bytes())
-            return
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        for file in self.files:
+            if file.name != "config.json":
+                _write(folder / file.name, file.read_bytes())
+        if not self.files:
+            settings = json.dumps(self.tokenizer_settings, indent=2, ensure_ascii=False)
+            _write(folder / "tokenizer_config.json", settings.encode())
+            _write(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    """All of a file, or none of it."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(content)
+    os.replace(part, file)

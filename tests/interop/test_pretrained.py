@@ -3,6 +3,7 @@
 Run with `python -m pytest tests/interop`, in an environment with the extra `interop`.
 """
 
+import dataclasses
 import json
 
 import gguf
@@ -14,6 +15,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -23,6 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import rslora_jax as rl
 from llama import Llama
 from pretrained import open_model
 from tests.checkpoints import GGUF_NAMES, TINY, interleaved, tokenizer_of, write_gguf
@@ -187,4 +191,23 @@ def test_a_gguf_file_computes_what_its_floats_compute_in_transformers(tmp_path, 
     config = open_model(tmp_path).config
     source = open_model(write_gguf(tmp_path / "tiny.gguf", config, tensors))
     np.testing.assert_allclose(logits_here(source), logits_there(model), rtol=0, atol=1e-4)
-    assert source.config.head_dim == TINY.head_dim * 2
+
+
+def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path):
+    config = dataclasses.replace(TINY, qkv_bias=True)
+    template = {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.bos_token_id": 0}
+    source = open_model(write_gguf(tmp_path / "tiny.gguf", config, said=template))
+    rl.peft.merge_to_hf(tmp_path / "folder", source.load(), config=source.settings)
+    source.save_tokenizer(tmp_path / "folder")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    tokens = TOKENS % TINY.vocab_size
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(tokens)).logits.numpy()
+    found = Llama(config).apply(source.load(), tokens)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    talk = [{"role": "user", "content": "ab c"}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert source.chat.render(talk, generate=True) == text
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert source.tokenizer.encode(text, add_special_tokens=False).ids == ids
