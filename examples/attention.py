@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from llama_config import LlamaConfig
-from placing import row_parallel
+from placing import alike, row_parallel
 from rope import rope_frequencies, rotate
 
 
@@ -133,11 +133,12 @@ def _mix_cached(
     q: jax.Array, k: jax.Array, v: jax.Array, view: View, past: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
     k, v = (
-        _write(old.astype(new.dtype), new, view.slot, 1)
+        _write(alike(new, old.astype(new.dtype)), new, view.slot, 1)
         for old, new in zip(past, (k, v), strict=True)
     )
     return jax.nn.dot_product_attention(q, k, v, mask=view.mask)
 
 
 def _write(old: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis)
+    new = alike(old, new.astype(old.dtype))
+    return lax.dynamic_update_slice_in_dim(old, new, slot, axis)

@@ -18,20 +18,33 @@ SPECS = (
 
 
 def place(x: jax.Array, spec: P | None) -> jax.Array:
-    """`x` where `spec` says on the current mesh, or wherever XLA likes."""
-    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+    """`x` where `spec` says on the current mesh, or wherever XLA likes.
+
+    On Explicit axes it stays: there the types of the arguments say where everything lies.
+    """
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return x if spec is None or explicit else jax.lax.with_sharding_constraint(x, spec)
 
 
 def as_rows(x: jax.Array, ndim: int) -> NamedSharding | None:
-    """Where an array of `ndim` axes lies whose rows (and tokens) lie as those of `x` do.
+    """Where an array of `ndim` axes lies whose rows and tokens lie as the first two of `x` do.
 
-    Only meshes of Explicit axes ask for such a word; elsewhere it is None. The first two axes,
-    rows and tokens, lie as in `x`; the rest is whole on each device.
+    Only meshes of Explicit axes ask for such a word; elsewhere it is None.
     """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return NamedSharding(sharding.mesh, P(*sharding.spec[: min(2, ndim)], *[None] * (ndim - 2)))
+    return _on_explicit_mesh(x, P(*jax.typeof(x).sharding.spec[:2], *[None] * (ndim - 2)))
+
+
+def beside(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` with its first axis where that of `rows` lies, whole on each device otherwise."""
+    spec = P(jax.typeof(rows).sharding.spec[0], *[None] * (x.ndim - 1))
+    sharding = _on_explicit_mesh(rows, spec)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def alike(other: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` with each axis where that of `other` lies; both have the same number of axes."""
+    sharding = _on_explicit_mesh(other, jax.typeof(other).sharding.spec)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def look_up(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -41,7 +54,7 @@ def look_up(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def pick(x: jax.Array, positions: jax.Array) -> jax.Array:
     """The tokens at `positions` of each row: [B, T, d] and [B, P] -> [B, P, d]."""
-    return jax.vmap(lambda row, at: row[at])(x, positions)
+    return jax.vmap(lambda row, at: row[at])(x, beside(x, positions))
 
 
 def row_parallel(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
@@ -50,3 +63,10 @@ def row_parallel(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) ->
     Explicit axes ask where such a sum goes: [B, T, in] and [in, out] -> [B, T, out].
     """
     return jax.lax.dot_general(x, kernel, *args, **options, out_sharding=as_rows(x, 3))
+
+
+def _on_explicit_mesh(x: jax.Array, spec: P) -> NamedSharding | None:
+    mesh = jax.typeof(x).sharding.mesh
+    # Arrays of the host know no mesh: they are whole on each device of the current one.
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+    return NamedSharding(mesh, spec) if AxisType.Explicit in mesh.axis_types else None
