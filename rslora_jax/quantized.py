@@ -86,10 +86,15 @@ def struct_of(leaf: Any) -> Any:
     """What a program is traced with: the weight that a leaf stands for, abstract if quantized."""
     if not is_quantized(leaf):
         return leaf
-    # On Explicit axes the sharding belongs to the type.
-    place = jax.typeof(leaf.values).sharding
-    explicit = AxisType.Explicit in place.mesh.axis_types
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place if explicit else None)
+    # On Explicit axes the sharding belongs to the type, and inside a shard_map what varies does.
+    kind = jax.typeof(leaf.values)
+    told = {*kind.sharding.mesh.axis_types} - {AxisType.Auto}
+    return jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype,
+        sharding=kind.sharding if told else None,
+        manual_axis_type=kind.manual_axis_type,
+    )
 
 
 def part_spec(spec: Any, part: Any, weight: Quantized) -> PartitionSpec:
