@@ -33,7 +33,7 @@ class Labelled(NamedTuple):
 def encode(
     weight: Any, format: str, channels: Sequence[int], blocks: Mapping[int, int]
 ) -> Quantized:
-    """A weight as integers times scales; the largest of those that share a scale is exact.
+    """A weight as the nearest integers, or the nearest levels of NF4, times scales.
 
     Args:
       weight: floating point.

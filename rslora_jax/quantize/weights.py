@@ -62,7 +62,7 @@ def quantize(
       >>> small["w"].values.dtype.name, small["w"].scales.shape, small["bias"].dtype.name
       ('int8', (1, 4), 'float32')
     """
-    flat, chosen = flatten(params), _format(bits, format)
+    flat, chosen = flatten(params), _format(bits, format, block)
     leaves = dict(zip(flat.paths, flat.leaves, strict=True))
     for site in sites:
         weight = _weight_of(site, leaves)
@@ -102,7 +102,7 @@ def quantize_weight(
       >>> quantize_weight(site, jnp.ones((1, 64, 32)), bits=4).scales.shape
       (1, 1, 32)
     """
-    return _quantize(site, weight, _format(bits, format), block)
+    return _quantize(site, weight, _format(bits, format, block), block)
 
 
 def dequantize(params: Any) -> Any:
@@ -146,7 +146,7 @@ def _layout(
         return outputs, ()
     *channels, last = inputs
     size = block_of(shape[last], block)
-    if size < min(SMALLEST, shape[last]):
+    if size < min(SMALLEST, block, shape[last]):
         raise AdapterError(
             f"{site.path!r} in {format} was to be cut into blocks of at most {block} along axis "
             f"{last} of {tuple(shape)}, and the largest that divides it is {size}. Use 8 bits, "
@@ -155,8 +155,10 @@ def _layout(
     return (*outputs, *channels), ((last, size),)
 
 
-def _format(bits: int, format: str | None) -> str:
-    chosen = {8: "int8", 4: "nf4"}.get(bits) if format is None else format
+def _format(bits: int, format: str | None, block: int) -> str:
+    if not isinstance(block, int) or block < 1:
+        raise AdapterError(f"A block is a whole number of neighbours from 1 on, found {block!r}.")
+    chosen = ("int8" if bits == 8 else "nf4" if bits == 4 else None) if format is None else format
     if chosen is None or FORMATS.get(chosen) != bits:
         known = ", ".join(f"{name} ({width} bits)" for name, width in FORMATS.items())
         asked = f"bits={bits!r}" + (f", format={format!r}" if format is not None else "")
@@ -181,8 +183,11 @@ def _check(site: Site, weight: Any) -> None:
             f"{site.path!r} is quantized already, to {weight.format}. Quantize the float weights, "
             "or `dequantize` them first."
         )
-    if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise AdapterError(f"{site.path!r} is {weight.dtype}; only floating point is quantized.")
+    dtype = jnp.dtype(weight.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise AdapterError(
+            f"{site.path!r} is {dtype.name}; only floating point of 16 bits or more is quantized."
+        )
     if len(weight.shape) != len(site.axes):
         raise AdapterError(
             f"{site.path!r} has the axes {site.axes!r}, found a weight of shape {weight.shape}."
