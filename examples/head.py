@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 
 class Scores(NamedTuple):
@@ -32,7 +33,7 @@ class Head(nn.Module):
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
 
 
-def score(x: jax.Array, kernel: jax.Array, labels: jax.Array, logits_bytes: int) -> Scores:
+def score(x: jax.Array, kernel: jax.Array, labels: ArrayLike, logits_bytes: int) -> Scores:
     """Score labels in blocks of positions, so that the logits are never whole.
 
     The backward pass computes the logits of a block again instead of storing them.
@@ -47,6 +48,7 @@ def score(x: jax.Array, kernel: jax.Array, labels: jax.Array, logits_bytes: int)
     Returns:
       The scores of all positions.
     """
+    labels = jnp.asarray(labels)
 
     def block(part: tuple[jax.Array, jax.Array]) -> Scores:
         return _score_block(part[0], kernel, part[1])

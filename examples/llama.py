@@ -155,7 +155,7 @@ class Llama(nn.Module):
         """
         x, _ = self._run(tokens, segments, offsets, None)
         x = self.norm(pick(x, jnp.asarray(positions)))
-        return score(x, self._head(), jnp.asarray(labels), self.logits_bytes)
+        return score(x, self._head(), labels, self.logits_bytes)
 
     def _run(self, tokens: jax.Array, segments: Any, offsets: Any, cache: Cache | None) -> Any:
         """The output of the last layer, and the cache with these tokens in it."""

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from llama import Llama, LlamaConfig, RopeScaling, rope_frequencies, rotate
+from tests.quick import compiled as quick
+from tests.quick import run
 
 TINY = LlamaConfig(
     vocab_size=23,
@@ -27,6 +29,9 @@ VARIANTS = {
     "tied": TINY,
     "untied": dataclasses.replace(TINY, tied=False),
     "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True),
+    "biases of q, k and v": dataclasses.replace(TINY, qkv_bias=True),
+    "sliding window": dataclasses.replace(TINY, sliding_window=3),
+    "wide window": dataclasses.replace(TINY, sliding_window=7),
     "one kv head": dataclasses.replace(TINY, kv_heads=1),
     "scaled rope": dataclasses.replace(TINY, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
 }
@@ -35,7 +40,7 @@ VARIANTS = {
 @functools.cache
 def compiled(config, dtype=jnp.float32):
     """The apply function of a Llama, compiled once for the whole file."""
-    return jax.jit(Llama(config, dtype=dtype).apply)
+    return quick(Llama(config, dtype=dtype).apply)
 
 
 @functools.cache
@@ -73,8 +78,9 @@ def numpy_attention(x, layer, c):
     for t in range(len(x)):
         for head in range(c.heads):
             shared = head // (c.heads // c.kv_heads)
-            scores = np.exp(k[: t + 1, shared] @ q[t, head] / np.sqrt(c.head_dim))
-            mixed[t, head] = scores @ v[: t + 1, shared] / scores.sum()
+            seen = slice(max(0, t + 1 - (c.sliding_window or len(x))), t + 1)
+            scores = np.exp(k[seen, shared] @ q[t, head] / np.sqrt(c.head_dim))
+            mixed[t, head] = scores @ v[seen, shared] / scores.sum()
     return numpy_linear(mixed.reshape(len(x), -1), layer["o_proj"])
 
 
@@ -159,10 +165,19 @@ def test_positions_pick_logits_without_computing_the_others():
     variables = variables_of(TINY)
     positions = np.array([[6, 0], [2, 2]])
     logits = compiled(TINY)(variables, TOKENS)
-    picked = compiled(TINY)(variables, TOKENS, positions=positions)
+    picked = quick(functools.partial(Llama(TINY).apply, positions=positions))(variables, TOKENS)
     assert picked.shape == (2, 2, TINY.vocab_size)
     expected = np.take_along_axis(logits, positions[..., None], axis=1)
     np.testing.assert_allclose(picked, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_biases_that_were_asked_for_exist():
+    attention = variables_of(VARIANTS["biases of q, k and v"])["params"]["layers"]["self_attn"]
+    assert {name for name, layer in attention.items() if "bias" in layer} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
 
 
 def test_rematerialization_changes_neither_logits_nor_gradients():
@@ -171,11 +186,15 @@ def test_rematerialization_changes_neither_logits_nor_gradients():
     def loss(variables, remat):
         return jnp.sum(jnp.sin(Llama(TINY, remat=remat).apply(variables, TOKENS)))
 
-    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    (plain, plain_grads), (remat, remat_grads) = grad(variables, False), grad(variables, True)
-    np.testing.assert_allclose(remat, plain, rtol=1e-5)
-    for expected, found in zip(*map(jax.tree.leaves, (plain_grads, remat_grads)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    def results(remat):
+        return run(jax.value_and_grad(functools.partial(loss, remat=remat)), variables)
+
+    plain, plain_grads = results(False)
+    for remat in (True, "dots"):
+        found, grads = results(remat)
+        np.testing.assert_allclose(found, plain, rtol=1e-5)
+        for one, expected in zip(*map(jax.tree.leaves, (grads, plain_grads)), strict=True):
+            np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_activations_give_bfloat16_logits_near_the_float32_ones():
@@ -190,3 +209,44 @@ def test_bfloat16_activations_give_bfloat16_logits_near_the_float32_ones():
 def test_query_heads_that_key_heads_cannot_share_are_refused():
     with pytest.raises(ValueError, match="heads=4 must be a multiple of kv_heads=3"):
         dataclasses.replace(TINY, kv_heads=3)
+
+
+def test_a_window_without_a_token_is_refused():
+    with pytest.raises(
+        ValueError, match="sliding_window=0 must be at least 1: a token sees itself"
+    ):
+        dataclasses.replace(TINY, sliding_window=0)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="remat='dot' is not known: use True, False, none, full"):
+        Llama(TINY, remat="dot").init(jax.random.key(0), TOKENS)
+
+
+# Rows that hold several texts.
+
+
+PACKED = np.array([[3, 9, 1, 4, 7, 7, 2, 0], [5, 6, 8, 2, 1, 1, 0, 0]])
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3, 0, 0]])
+OFFSETS = np.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 1, 0, 1, 2, 0, 0]])
+
+
+@pytest.mark.parametrize("name", ["untied", "sliding window"])
+def test_texts_packed_into_a_row_have_the_losses_of_each_alone(name):
+    variables, labels = variables_of(VARIANTS[name]), (PACKED * 5 + 3) % TINY.vocab_size
+    positions = np.broadcast_to(np.arange(8), (2, 8))
+
+    @quick
+    def score(*args):
+        return Llama(VARIANTS[name]).apply(*args[:4], **args[4], method="scores")
+
+    packed = score(variables, PACKED, labels, positions, {"segments": SEGMENTS, "offsets": OFFSETS})
+    alone = np.zeros((2, 8), np.float32)
+    for row, segment in [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]:
+        (at,) = np.nonzero(SEGMENTS[row] == segment)
+        text, wanted = np.zeros((2, 2, 8), np.int64)
+        text[:, : len(at)], wanted[:, : len(at)] = PACKED[row, at], labels[row, at]
+        losses = score(variables, text, wanted, positions, {}).losses
+        alone[row, at] = losses[0, : len(at)]
+    real = SEGMENTS > 0
+    np.testing.assert_allclose(packed.losses[real], alone[real], rtol=2e-6, atol=2e-6)
