@@ -1,4 +1,4 @@
-"""One training step of the fine-tune: what it changes, what it does not, and on how many devices."""
+"""One training step of the fine-tune: what it changes, and on how many devices."""
 
 import dataclasses
 from typing import NamedTuple

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 import rslora_jax as rl
@@ -87,6 +88,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def begin(self, step: int) -> None:
         """Opens the files, without what was written after `step`."""
         chosen = self._settings
+        if jax.process_index() == 0:
+            chosen.save(chosen.output / "settings.yaml")
         metrics = Metrics(chosen.output, step, tensorboard=chosen.tensorboard)
         self._metrics = self._open.enter_context(metrics)
         self._progress = self._open.enter_context(Progress(self._steps, step))

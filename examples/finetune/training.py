@@ -93,8 +93,9 @@ class Timer:
     """Says when a number of minutes is over, to all processes alike."""
 
     def __init__(self, minutes: float) -> None:
-        """Starts."""
-        self._seconds, self._last = minutes * 60, time.monotonic()
+        """Starts; 0 minutes are never over."""
+        self._seconds = minutes * 60 or float("inf")
+        self._last = time.monotonic()
 
     def restart(self) -> None:
         """From now on."""
