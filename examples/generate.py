@@ -130,9 +130,12 @@ def generate(  # noqa: PLR0913  (the last six are options)
     Raises:
       ValueError: if an argument is out of range.
     """
-    if not isinstance(lengths, jax.core.Tracer):
-        _check_lengths(np.asarray(lengths), np.shape(prompts)[1])
-    _check(cache, np.shape(prompts)[1], limit, temperature, top_p, key)
+    prompts, lengths = _on_host(prompts), _on_host(lengths)
+    width = prompts.shape[1]
+    if isinstance(lengths, np.ndarray):
+        _check_lengths(lengths, width)
+    _check_room(cache, width, limit)
+    _check_drawing(temperature, top_p, key)
     recipe = _Recipe(apply, limit, tuple(int(token) for token in eos))
     drawing = None if key is None or temperature == 0.0 else _Drawing(key, temperature, top_p)
     return _generate(recipe, params, cache, prompts, lengths, drawing)
@@ -203,6 +206,11 @@ def _likeliest(logits: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
+def _on_host(x: ArrayLike) -> jax.Array | np.ndarray:
+    """`x` itself where it lies on devices already, which may be those of other processes."""
+    return x if isinstance(x, jax.Array) else np.asarray(x, np.int32)
+
+
 def _check_lengths(lengths: np.ndarray, width: int) -> None:
     wrong = np.flatnonzero((lengths < 1) | (lengths > width))
     if wrong.size:
@@ -213,9 +221,7 @@ def _check_lengths(lengths: np.ndarray, width: int) -> None:
         )
 
 
-def _check(
-    cache: Cache, width: int, limit: int, temperature: float, top_p: float, key: Any
-) -> None:
+def _check_room(cache: Cache, width: int, limit: int) -> None:
     room = cache.keys.shape[2]
     if limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
@@ -224,6 +230,9 @@ def _check(
             f"the cache has room for {room} tokens, and {width} of the prompts with limit={limit} "
             f"need {width + limit}: make it longer, or lower the limit"
         )
+
+
+def _check_drawing(temperature: float, top_p: float, key: jax.Array | None) -> None:
     if not temperature >= 0.0:
         raise ValueError(f"temperature must be 0 or above, found {temperature}")
     if not 0.0 < top_p <= 1.0:
