@@ -108,6 +108,7 @@ def test_another_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
+        ({"split.count": 3}, r"one file of 3; join them: llama-gguf-split --merge"),
         ({"llama.expert_count": 8}, r"expert_count is 8; supported is 0"),
         ({"llama.rope.dimension_count": 2}, r"rope\.dimension_count is 2; supported is 4"),
         ({"llama.rope.scaling.type": "yarn"}, r"scaling\.type is 'yarn'; supported is 'none'"),

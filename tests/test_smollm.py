@@ -8,7 +8,7 @@ import pytest
 import smollm
 from facts import atomic_numbers, fact_batch
 from llama import Llama, LlamaConfig
-from pretrained import ModelError
+from pretrained import ModelError, open_model
 from scores import cross_entropy, exact_match
 
 SENTENCE = "The sun rises in the east and sets in the west, and the moon shines at night."
@@ -22,8 +22,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def pretrained():
-    return smollm.load()
+def source():
+    return smollm.open_source()
+
+
+@pytest.fixture(scope="module")
+def pretrained(source):
+    return smollm.Pretrained(source.config, source.load(), source.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,20 @@ def test_token_ids_are_the_recorded_ones(pretrained):
 
 def test_chat_marks_are_single_tokens(pretrained):
     assert pretrained.tokenizer.encode("<|im_start|>user<|im_end|>").ids == [1, 4093, 2]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+def test_the_model_is_opened_by_its_name(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(smollm, "find_file", lambda: tmp_path / "smollm.gguf")
+    with pytest.raises(FileNotFoundError, match=r"smollm\.gguf"):
+        open_model(name)
+
+
+def test_a_conversation_is_written_with_the_marks_of_the_model(source):
+    text = source.chat.render([{"role": "user", "content": "Hello."}], generate=True)
+    assert text.endswith("<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\n")
+    assert source.tokenizer.encode(text).ids.count(1) == 3
+    assert (source.eos, source.bos, source.pad, source.context) == ((2,), None, 2, 8192)
 
 
 def test_the_capital_of_france_is_paris(pretrained, logits_at):

@@ -47,9 +47,7 @@ def _open(folder: Path, dtype: DTypeLike) -> Source:
     tokenizer, said = _tokenizer(folder), read_if_there(folder / "tokenizer_config.json")
     words = _words(read_if_there(folder / "special_tokens_map.json") | said)
     generation = read_if_there(folder / "generation_config.json")
-    special = find_special(
-        tokenizer, words, bool(said.get("add_bos_token")), (generation, settings)
-    )
+    special = find_special(tokenizer, words, (generation, settings))
     check_vocabulary(tokenizer, special, config.vocab_size)
     template = _template(folder, said)
     return Source(

@@ -63,6 +63,8 @@ def open_gguf(path: Path, dtype: DTypeLike) -> Source:
 def _open(path: Path, reader: gguf.GGUFReader, dtype: DTypeLike) -> Source:
     metadata = Metadata(reader)
     architecture = metadata.expect("general.architecture", ARCHITECTURES)
+    if (count := metadata.get("split.count", 1)) > 1:
+        raise ModelError(f"one file of {count}; join them: llama-gguf-split --merge FIRST ONE.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_sizes(metadata, tensors, architecture)
     structs = structs_of(config, dtype)

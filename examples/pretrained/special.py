@@ -17,27 +17,27 @@ class Special(NamedTuple):
 
 
 def find_special(
-    tokenizer: Tokenizer, words: Mapping[str, str], adds_bos: bool, settings: Iterable[Mapping]
+    tokenizer: Tokenizer, words: Mapping[str, str], settings: Iterable[Mapping[str, Any]]
 ) -> Special:
     """Special tokens of a Hugging Face folder.
 
     Args:
       tokenizer: of the folder.
       words: the tokenizer's own, such as `{"eos_token": "</s>"}`.
-      adds_bos: whether tokenizer_config.json asks for a first token.
       settings: the objects of generation_config.json and config.json.
     """
     ids = {name: tokenizer.token_to_id(word) for name, word in words.items()}
     said = [ids.get("eos_token"), *_numbers(settings, "eos_token_id")]
     eos = tuple(dict.fromkeys(token for token in said if token is not None))
-    bos = first_token(tokenizer)
-    if bos is None and adds_bos:
-        bos = ids.get("bos_token")
-    return Special(eos, bos, _pad([ids.get("pad_token"), *_numbers(settings, "pad_token_id")], eos))
+    pad = _pad([ids.get("pad_token"), *_numbers(settings, "pad_token_id")], eos)
+    return Special(eos, first_token(tokenizer), pad)
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """The token that a tokenizer puts in front of every text, if it does."""
+    """The token that a tokenizer puts in front of every text, if it does.
+
+    What tokenizer_config.json says of it, transformers does not follow either.
+    """
     with_it, without = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     opens = len(with_it.ids) > len(without.ids) and with_it.special_tokens_mask[0] == 1
     return with_it.ids[0] if opens else None
