@@ -31,7 +31,6 @@ VARIANTS = {
     "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True),
     "biases of q, k and v": dataclasses.replace(TINY, qkv_bias=True),
     "sliding window": dataclasses.replace(TINY, sliding_window=3),
-    "wide window": dataclasses.replace(TINY, sliding_window=7),
     "one kv head": dataclasses.replace(TINY, kv_heads=1),
     "scaled rope": dataclasses.replace(TINY, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
 }
