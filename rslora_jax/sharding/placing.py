@@ -156,7 +156,8 @@ def _place_of(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMe
 
     def place(part: Any) -> NamedSharding:
         own = part_spec(spec, part, leaf) if is_quantized(leaf) else spec
-        check_placing(Placing.of_weight(path, getattr(part, "shape", ()), own), mesh)
+        name = f"{path}/scales" if part is getattr(leaf, "scales", None) else path
+        check_placing(Placing.of_weight(name, getattr(part, "shape", ()), own), mesh)
         return NamedSharding(mesh, own, memory_kind=_memory_kind(part))
 
     return map_parts(place, leaf) if is_quantized(leaf) else place(leaf)
