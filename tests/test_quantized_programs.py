@@ -25,7 +25,6 @@ NAMES = {
     "a_product_of_two_weights_around_an_activation": 8,
     "a_tied_embedding": 4,
     "a_weight_carried_through_a_while_loop": 8,
-    "axes_merged_by_reshape": 8,
     "cond": 4,
     "custom_vjp_with_a_rule_of_its_own": 8,
     "layers_brought_from_another_memory_one_by_one": 8,
@@ -37,7 +36,6 @@ NAMES = {
     "ragged_dot": 4,
     "shard_map_that_gathers_blocks_of_weights": 4,
     "shard_map_with_a_sharded_contraction": 4,
-    "shard_map_with_a_sharded_output": 8,
     "weights_constrained_to_a_sharding": 8,
 }
 
