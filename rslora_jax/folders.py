@@ -3,6 +3,9 @@
 Nothing is unpickled: a folder that holds only ``.bin`` or ``.pt`` files is refused.
 """
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +15,17 @@ from rslora_jax.extras import extra
 from rslora_jax.files import read_json
 from rslora_jax.paths import AdapterError
 
-__all__ = ["FLOATS", "INDEX", "PICKLES", "SINGLE", "Folder", "Tensor", "open_file", "open_folder"]
+__all__ = [
+    "FLOATS",
+    "INDEX",
+    "PICKLES",
+    "SINGLE",
+    "Folder",
+    "Tensor",
+    "open_file",
+    "open_folder",
+    "write_file",
+]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -101,6 +114,38 @@ def open_file(path: str | Path) -> Folder:
     """
     file = Path(path)
     return Folder(file.parent, dict(sorted(_header(file).items())))
+
+
+def write_file(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file, which other programs read as one of PyTorch's.
+
+    Args:
+      path: the file.
+      tensors: by name, each contiguous.
+
+    Raises:
+      OSError: if the file cannot be written, as on a full disk, with its name.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_file(folder + "/model.safetensors", {"w": np.zeros((4, 2), "f4")})
+      ...     open_folder(folder).tensors["w"].dtype
+      'F32'
+    """
+    numpy, safetensors = (
+        extra(name, "rslora_jax[cli]", "Writing safetensors")
+        for name in ("safetensors.numpy", "safetensors")
+    )
+    try:
+        numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        # Rust tells of the system's errors in words alone.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _sharded(index: Path) -> Folder:

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from rslora_jax.files import whole_folder
+from rslora_jax.folders import write_file
 
 
 class BadStepError(RuntimeError):
@@ -27,7 +27,7 @@ def keep_failed(output: Path, step: int, batch: Any, told: Any, saved: int | Non
       saved: the newest complete checkpoint.
 
     Returns:
-      The error to raise.
+      The error to raise; where the batch cannot be written, as on a full disk, it says that too.
     """
     folder = output / f"failed_step_{step}"
     if jax.process_count() > 1:
@@ -38,8 +38,15 @@ def keep_failed(output: Path, step: int, batch: Any, told: Any, saved: int | Non
         f"newest checkpoint is that of step {saved}, before it. Try a lower learning_rate, or "
         "clip, in another output."
     )
+    try:
+        _write(folder, batch, message)
+    except OSError as error:
+        message += f" That folder could not be written: {error}."
+    return BadStepError(message)
+
+
+def _write(folder: Path, batch: Any, message: str) -> None:
     with whole_folder(folder, overwrite=True) as temporary:
         arrays = {name: np.asarray(array) for name, array in batch._asdict().items()}
-        save_file(arrays, temporary / "batch.safetensors")
+        write_file(temporary / "batch.safetensors", arrays)
         (temporary / "what.txt").write_text(message + "\n")
-    return BadStepError(message)

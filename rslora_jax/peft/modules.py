@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rslora_jax.extras import extra
 from rslora_jax.files import whole_folder
-from rslora_jax.folders import FLOATS, PICKLES, Folder, open_file
+from rslora_jax.folders import FLOATS, PICKLES, Folder, open_file, write_file
 from rslora_jax.paths import AdapterError
 from rslora_jax.peft.adapter import Module, PeftAdapter, tensors_of
 from rslora_jax.peft.settings import CONFIG, Settings
@@ -78,8 +77,8 @@ def write(folder: str | Path, adapter: PeftAdapter, overwrite: bool = False) -> 
 
     Raises:
       AdapterError: if the folder exists, or the adapter is not consistent.
+      OSError: if it cannot be written, as on a full disk, with the name of the file.
     """
-    save = extra("safetensors.numpy", "rslora_jax[cli]", "Writing a PEFT folder").save_file
     arrays = tensors_of(adapter)
     order = tuple(dict.fromkeys(m.parameter for m in _deepest_first(adapter) if m.parameter))
     checked = assemble(adapter.settings, arrays, True, order or PARAMETERS)
@@ -87,7 +86,7 @@ def write(folder: str | Path, adapter: PeftAdapter, overwrite: bool = False) -> 
     with whole_folder(folder, overwrite) as temporary:
         text = json.dumps(adapter.settings.to_dict(), indent=2, sort_keys=True)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
-        save(arrays, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_file(temporary / WEIGHTS, arrays)
 
 
 def _check_scales(adapter: PeftAdapter, checked: PeftAdapter) -> None:

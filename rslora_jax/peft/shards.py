@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.extras import extra
 from rslora_jax.files import whole_folder
-from rslora_jax.folders import INDEX, SINGLE
+from rslora_jax.folders import INDEX, SINGLE, write_file
 from rslora_jax.paths import AdapterError
 
 __all__ = ["SHARD", "write_folder"]
@@ -38,6 +37,7 @@ def write_folder(
 
     Raises:
       AdapterError: if the folder exists, a name comes twice, or there are no tensors.
+      OSError: if a file cannot be written, as on a full disk, with its name.
 
     Example:
       >>> import tempfile
@@ -69,7 +69,7 @@ def _write_shards(
         if name in places:
             raise AdapterError(f"Two tensors are named {name!r}. Give each its own name.")
         if held and size + array.nbytes > limit:
-            _write_shard(folder, number, held)
+            write_file(_shard(folder, number), held)
             held, number, size = {}, number + 1, 0
         # safetensors writes the buffer as it lies, so a transposed view must be laid out first.
         held[name] = np.asarray(array, order="C")
@@ -78,13 +78,8 @@ def _write_shards(
         del array  # or it would outlive its shard
     if not places:
         raise AdapterError("There are no tensors to write. Pass at least one.")
-    _write_shard(folder, number, held)
+    write_file(_shard(folder, number), held)
     return places, total
-
-
-def _write_shard(folder: Path, number: int, held: dict[str, np.ndarray]) -> None:
-    save = extra("safetensors.numpy", "rslora_jax[cli]", "Writing a model folder").save_file
-    save(held, _shard(folder, number), metadata={"format": "pt"})
 
 
 def _shard(folder: Path, number: int) -> Path:
