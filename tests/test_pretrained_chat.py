@@ -50,6 +50,8 @@ def test_a_template_may_name_what_transformers_lets_it_name(template, text):
 def test_a_template_may_name_the_day():
     year = Chat("{{ strftime_now('%Y') }}").render([], generate=False)
     assert abs(int(year) - datetime.datetime.now().year) <= 1
+    moon = Chat("{{ strftime_now('%d %b %Y') }}", now=datetime.datetime(1969, 7, 20))
+    assert moon.render([], generate=False) == "20 Jul 1969"
 
 
 def test_a_template_may_refuse_messages():

@@ -1,9 +1,12 @@
 """Corpus: the rows of a run as tokens, those to learn from and those that are held out."""
 
+import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.batches import Batches
+from finetune.beginning import beginning
 from finetune.encoding import Encoded, Encoder, encode_rows
 from finetune.rows import DataError, Row, Rows, hold_out, read_rows
 from finetune.settings import ConfigError, Settings
@@ -16,11 +19,23 @@ class Corpus(NamedTuple):
       train: rows to learn from.
       held: rows that are held out; none if none are asked for.
       skipped: what is wrong with the lines that were left out.
+      now: the time that chats were told.
     """
 
     train: tuple[Encoded, ...]
     held: tuple[Encoded, ...]
     skipped: tuple[str, ...]
+    now: datetime.datetime
+
+    @property
+    def cut(self) -> int:
+        """How many held-out rows were too long and lost their beginning."""
+        return sum(row.cut > 0 for row in self.held)
+
+    def describe(self) -> str:
+        """A line about the rows that are not learned."""
+        cut = f" ({self.cut:,} cut to fit length)" if self.cut else ""
+        return f"held out: {len(self.held):,} rows{cut}; left out: {len(self.skipped):,} bad lines"
 
 
 def read(settings: Settings, source: Any) -> Corpus:
@@ -35,13 +50,15 @@ def read(settings: Settings, source: Any) -> Corpus:
             f"length {settings.length} is more than the context of {settings.model}, "
             f"{source.context} tokens; set length to that at most"
         )
-    encoder = Encoder(source.tokenizer, source.chat, source.eos, source.bos, settings.length)
+    now = beginning(settings.output)
+    chat = source.chat and dataclasses.replace(source.chat, now=now)
+    encoder = Encoder(source.tokenizer, chat, source.eos, source.bos, settings.length)
     found, held = _split(settings)
     train = encode_rows(encoder, found.rows, settings.skip_bad)
     asked = encode_rows(encoder, held.rows, settings.skip_bad) if held.rows else Rows(())
     _check_vocabulary(train.rows, settings, source)
     skipped = (*found.skipped, *held.skipped, *train.skipped, *asked.skipped)
-    return Corpus(train.rows, asked.rows, skipped)
+    return Corpus(train.rows, asked.rows, skipped, now)
 
 
 def batches_of(settings: Settings, corpus: Corpus) -> Batches:

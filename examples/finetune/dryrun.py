@@ -44,9 +44,8 @@ def work(settings: Settings, rows: Corpus, batches: Batches) -> str:
     """How much there is to learn, in how many steps."""
     tokens = settings.batch * settings.accumulation * settings.length
     return (
-        f"data: {batches.stats}\nheld out: {len(rows.held):,} rows; left out: "
-        f"{len(rows.skipped):,} bad lines\n{batches.steps:,} steps of at most {tokens:,} tokens; "
-        "nothing was trained"
+        f"data: {batches.stats}\n{rows.describe()}\n{batches.steps:,} steps of at most "
+        f"{tokens:,} tokens; nothing was trained"
     )
 
 

@@ -1,5 +1,6 @@
 """Processes: what several of them decide alike, and what one of them needs whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,13 @@ def first_says(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def first_tells(numbers: Sequence[int]) -> list[int]:
+    """The first process's numbers, in all of them, of 32 bits each."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.int32)).tolist()
 
 
 def whole(tree: Any) -> Any:

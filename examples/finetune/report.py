@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -143,15 +144,19 @@ def _answers(evaluations: Sequence[Evaluation]) -> str:
     told = [found for found in evaluations if found.answers]
     if not told:
         return ""
-    before = {answer.prompt: answer.said for answer in told[0].answers} if len(told) > 1 else {}
-    middle = ("before",) if before else ()
+    last = told[-1]
+    if len(told) == 1:
+        return table(("prompt", "right", f"at step {last.step}"), last.answers)
+    header = ("prompt", "right", "before", f"at step {last.step}")
+    # By number, not by prompt: two rows may ask the same.
+    pairs = itertools.zip_longest(told[0].answers[: len(last.answers)], last.answers)
+    rows = ((now.prompt, now.right, _earlier(old, now), now.said) for old, now in pairs)
+    return table(header, rows)
 
-    def row(answer: Answer) -> tuple[str, ...]:
-        earlier = (before.get(answer.prompt, ""),) if before else ()
-        return (answer.prompt, answer.right, *earlier, answer.said)
 
-    header = ("prompt", "right", *middle, f"at step {told[-1].step}")
-    return table(header, map(row, told[-1].answers))
+def _earlier(old: Answer | None, now: Answer) -> str:
+    """What was said before; nothing if that was asked of another row, with other settings."""
+    return old.said if old and (old.prompt, old.right) == (now.prompt, now.right) else ""
 
 
 def _seconds(seconds: Mapping[str, float]) -> dict[str, str]:

@@ -38,10 +38,12 @@ class Chat:
     Attributes:
       template: in Jinja's language.
       words: what it may name besides the messages, such as bos_token.
+      now: the time that it is told if it asks for the day; None is that of rendering.
     """
 
     template: str
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    now: datetime.datetime | None = None
 
     def __post_init__(self) -> None:
         """Refuse a broken template now.
@@ -67,6 +69,7 @@ class Chat:
                 tools=None,
                 documents=None,
                 add_generation_prompt=generate,
+                strftime_now=(self.now or datetime.datetime.now()).strftime,
                 **self.words,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -90,7 +93,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=extensions
     )
     made.filters["tojson"] = _to_json
-    made.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    made.globals["raise_exception"] = _refuse
     return made
 
 
@@ -101,7 +104,3 @@ def _to_json(value: Any, **options: Any) -> str:
 
 def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
