@@ -14,6 +14,7 @@ from finetune import evaluation
 from finetune.batches import fixed
 from finetune.encoding import Encoded
 from finetune.evaluation import Answer, Held, evaluate
+from finetune.rows import DataError
 from finetune.step import scores_of
 from llama import Llama, LlamaConfig
 
@@ -68,7 +69,7 @@ def test_a_loss_that_is_not_finite_stays_so():
 
 @pytest.mark.parametrize("batches", [[], [Batch(*np.zeros((3, 2, 4)))]])
 def test_without_an_answer_to_predict_there_is_an_error(batches):
-    with pytest.raises(ValueError, match="held-out rows have no answer token"):
+    with pytest.raises(DataError, match="held-out rows have no answer token"):
         evaluate(known, None, batches)
 
 

@@ -2,7 +2,8 @@
 
 The numbers are teacher-forced: every token is predicted from the right ones before it. For exact
 match that says as much as generating: up to its first mistake greedy decoding reads the same
-tokens, and after it the row is wrong anyway.
+tokens, and after it the row is wrong anyway. (Both take the largest of float32 logits. Where two
+are within rounding of each other, more often in bfloat16, the cache may tip the balance.)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from finetune.metrics import ANSWERS, METRICS, read_lines
+from finetune.rows import DataError
 
 SLACK = 8  # tokens that a generated answer may have beyond the longest right one
 MOST = 256  # tokens of a generated answer, whatever is right
@@ -93,13 +95,13 @@ def evaluate(scores_fn: Callable[[Any, Any], Any], params: Any, batches: Iterabl
         counts nowhere.
 
     Raises:
-      ValueError: if no token has a weight above 0.
+      DataError: if no token has a weight above 0.
     """
     # The sums stay on the device until all are queued: no batch waits for those of another.
     parts = [_sums(*scores_fn(params, batch)[:2], batch.weights) for batch in batches]
     loss, hits, tokens, exact, rows = np.sum([np.zeros(5), *jax.device_get(parts)], axis=0).tolist()
     if not tokens:
-        raise ValueError(
+        raise DataError(
             "the held-out rows have no answer token to predict. Give an eval_dataset with "
             "answers, or a larger length if all of them are cut off"
         )

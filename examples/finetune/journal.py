@@ -1,7 +1,8 @@
 """Journal: all that is written and shown of a run while it goes on."""
 
 import contextlib
-import sys
+import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,14 @@ import optax
 import rslora_jax as rl
 from finetune import evaluation
 from finetune.evaluation import Evaluation
-from finetune.metrics import Metrics
+from finetune.metrics import WARNING, Metrics, column
 from finetune.processes import first_says
 from finetune.progress import Progress, Speed
 from finetune.settings import Settings
 from finetune.watch import Watch
 from rslora_jax.checkpoint import RunState
 
+SPEED = "tokens_per_second"
 LOOK = 16  # steps between looks at the recorded gradients, which are read from the devices
 
 
@@ -43,12 +45,7 @@ class Clock:
 
 
 class Journal(contextlib.AbstractContextManager["Journal"]):
-    """Metrics, progress, warnings and evaluations; files are written by process 0.
-
-    Attributes:
-      warnings: what was said of the gradients.
-      tokens_per_second: over all steps of this start but the first, which is compiled first.
-    """
+    """Metrics, progress, warnings and evaluations; files are written by process 0."""
 
     def __init__(
         self,
@@ -65,12 +62,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
           schedule: the learning rate of each step.
           examine: ``examine(step, params, stop)`` evaluates; None if nothing is held out.
         """
-        self.warnings: list[str] = []
-        self.tokens_per_second = float("nan")
         self._settings, self._steps, self._schedule = settings, steps, schedule
         self._examine, self._evaluated = examine, set[int]()
         self._open, self._clock = contextlib.ExitStack(), Clock()
-        self._lately, self._overall = (Speed(n, self._clock) for n in (20, sys.maxsize - 1))
+        self._speed = Speed(clock=self._clock)
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
@@ -84,6 +79,17 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Those of the whole run."""
         return evaluation.read(self._settings.output)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was said of the gradients in the whole run."""
+        return [row[WARNING] for row in self.rows if WARNING in row]
+
+    @property
+    def tokens_per_second(self) -> float | str:
+        """The median of the whole run, without the first step of a start, which is compiled."""
+        told = [speed for speed in column(self.rows, SPEED)[1] if math.isfinite(speed)]
+        return statistics.median(told) if told else "not measured: there was one step"
 
     def begin(self, step: int) -> None:
         """Opens the files, without what was written after `step`."""
@@ -99,20 +105,19 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def stepped(self, state: RunState, told: Any) -> None:
         """Writes and shows one step."""
         tokens = int(told.tokens)
-        self.tokens_per_second = self._overall.add(tokens)
         values = {
             "loss": float(told.loss),
             "grad_norm": float(told.grad_norm),
             "learning_rate": float(self._schedule(state.step - 1)),
             "tokens": tokens,
             "answer_tokens": int(told.answers),
-            "tokens_per_second": self._lately.add(tokens),
+            SPEED: self._speed.add(tokens),
         }
         self._metrics.write(state.step, values)
         self._progress.update(state.step, values)
         if state.step % LOOK == 0 or state.step == self._steps:
             for warning in self._watch.look(state.opt_state):
-                self.warnings.append(warning)
+                self._metrics.warn(state.step, warning)
                 self._progress.say(f"warning: {warning}")
 
     def evaluate(self, step: int, params: rl.LoraParams, stop: Callable[[], bool]) -> None:

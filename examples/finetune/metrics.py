@@ -19,6 +19,7 @@ from rslora_jax.extras import extra
 from rslora_jax.files import whole_file
 
 METRICS, ANSWERS = "metrics.jsonl", "answers.jsonl"
+WARNING = "warning"  # the name of sentences among the numbers
 INSTALL = "rslora_jax[finetune]"
 FLUSH_SECONDS = 1.0  # TensorBoard's file is also synced to the disk: not at every step
 
@@ -130,6 +131,11 @@ class Metrics:
         if self._events is not None:
             self._events.add(int(step), numbers)
 
+    def warn(self, step: int, warning: str) -> None:
+        """A sentence that is to be read with the numbers."""
+        if self._writer:
+            self._numbers.add({"step": int(step), WARNING: warning})
+
     def write_answers(self, step: int, answers: Iterable[Any]) -> None:
         """What the model wrote at a step, in one line, from named tuples of strings."""
         if self._writer:
@@ -137,7 +143,7 @@ class Metrics:
             self._answers.add({"step": int(step), "answers": told})
 
     def rows(self) -> list[dict[str, Any]]:
-        """All numbers of the run, those of earlier starts included."""
+        """All numbers and warnings of the run, those of earlier starts included."""
         return read_lines(self.folder / METRICS)
 
     def close(self) -> None:

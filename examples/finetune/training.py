@@ -15,7 +15,9 @@ from finetune.settings import ConfigError, Settings
 from hosts import say
 from rslora_jax.checkpoint import Preemption, Runs, RunState
 
-NOTICES = (signal.SIGTERM, signal.SIGINT)  # the step at hand is finished and saved first
+# The step at hand is finished and saved first. Among several processes that holds for SIGTERM
+# alone, which JAX hands on to all of them: Ctrl-C ends the process that it reaches, at once.
+NOTICES = (signal.SIGTERM, signal.SIGINT)
 
 
 class Listener(Protocol):

@@ -18,10 +18,12 @@ class Preemption:
 
     Where `jax.distributed` is initialized the signal is left to JAX's own preemption service:
     machines get their notices at different times, and all processes must save the same step.
-    `reached` then asks the service for the step that all of them agree on.
+    `reached` then asks the service for the step that all of them agree on. That service knows
+    SIGTERM alone: other signals keep their handlers there, and Ctrl-C ends its process at once,
+    without a save.
 
     Args:
-      signals: which signals are a notice.
+      signals: which signals are a notice; without `jax.distributed`.
 
     Attributes:
       received: whether a notice came, or a step was reached at which all processes are to save.
