@@ -61,16 +61,18 @@ def error_table(
         zip(flat.paths, flat.leaves, other.leaves, strict=True)
     ):
         if is_quantized(small):
-            leaves = [*flat.leaves[:k], small, *flat.leaves[k + 1 :]]
+            wide = decode(small)  # one program serves all rows: only the numbers differ
+            leaves = [*flat.leaves[:k], wide, *flat.leaves[k + 1 :]]
             found = run(LoraParams(unflatten(flat, leaves), {}))
-            rows.append({**_row(path, weight, small), "output_error": _distance(found, right)})
+            row = _row(path, weight, small, wide)
+            rows.append({**row, "output_error": _distance(found, right)})
     found = run(LoraParams(quantized, {}))
     return Table.of([*rows, {**_total(rows), "output_error": _distance(found, right)}])
 
 
-def _row(path: str, weight: Any, small: Quantized) -> dict[str, Any]:
+def _row(path: str, weight: Any, small: Quantized, found: jax.Array) -> dict[str, Any]:
     wide = jnp.asarray(weight, jnp.float32)
-    gap = decode(small).astype(jnp.float32) - wide
+    gap = found.astype(jnp.float32) - wide
     bits = jnp.iinfo(small.values.dtype).bits
     held = small.size * bits // 8 + small.scales.size * small.scales.dtype.itemsize
     return {
