@@ -43,8 +43,14 @@ def connect(coordinator: str | None, processes: int, process_id: int) -> None:
 
 
 @contextlib.contextmanager
-def leaving_nobody_waiting() -> Iterator[None]:
-    """An error ends this process at once: the others, which may wait for it, are then told."""
+def leaving_nobody_waiting(
+    expected: tuple[type[Exception], ...] = (OSError, ValueError),
+) -> Iterator[None]:
+    """An error ends this process at once: the others, which may wait for it, are then told.
+
+    Args:
+      expected: errors that are told as a line; others are bugs, and told with their traceback.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -54,8 +60,7 @@ def leaving_nobody_waiting() -> Iterator[None]:
         print(f"process {jax.process_index()}: {lost}\n{error}", file=sys.stderr, flush=True)
         os._exit(1)
     except Exception as error:
-        expected = isinstance(error, OSError | ValueError)
-        said = str(error) if expected else traceback.format_exc()
+        said = str(error) if isinstance(error, expected) else traceback.format_exc()
         print(f"process {jax.process_index()}: {said}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:
             os._exit(1)
@@ -68,11 +73,11 @@ def say(text: object) -> None:
         print(text, flush=True)
 
 
-def mesh_of(data: int, fsdp: int | None, tensor: int, batch: int) -> Mesh:
+def mesh_of(data: int, fsdp: int | None, tensor: int, batch: int | None = None) -> Mesh:
     """All devices of all processes, on Auto axes of these sizes; fsdp None is all that are left.
 
     Raises:
-      ValueError: if the axes do not make up the devices, or the batch does not divide.
+      ValueError: if the axes do not make up the devices, or the batch, if given, does not divide.
     """
     count = jax.device_count()
     fsdp = fsdp or max(count // (data * tensor), 1)
@@ -82,7 +87,7 @@ def mesh_of(data: int, fsdp: int | None, tensor: int, batch: int) -> Mesh:
             f"data * fsdp * tensor must be the {count} devices that there are, found "
             f"{' * '.join(map(str, sizes))}"
         )
-    if batch % (data * fsdp):
+    if batch is not None and batch % (data * fsdp):
         raise ValueError(f"batch must be a multiple of data * fsdp = {data * fsdp}, found {batch}")
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 

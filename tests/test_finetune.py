@@ -200,13 +200,79 @@ def test_checkpoints_of_another_run_are_refused_and_kept(whole, one_device, caps
 
 
 def test_a_full_disk_keeps_what_is_complete(whole, one_device, monkeypatch, capsys):
-    def full():
-        raise OSError(28, "No space left on device", "metrics.jsonl")
+    with contextlib.ExitStack() as stack:
 
-    at_step(monkeypatch, 4, full)
-    assert run(config_of(whole, "full")) == 1
-    assert "metrics.jsonl: No space left on device. Make room" in capsys.readouterr().err
+        def fill():
+            while not (whole / "full" / "checkpoints" / "3").exists():
+                time.sleep(0.01)  # it is written by another thread
+            stack.enter_context(full_disk())
+
+        at_step(monkeypatch, 4, fill)
+        assert run(config_of(whole, "full")) == 1
+    said = capsys.readouterr().err
+    assert "File too large" in said and "Traceback" not in said
     assert steps(whole, "full") == ["3"]
+
+
+def test_a_finished_run_that_is_started_again_tells_of_its_first_start(
+    whole, one_device, monkeypatch, capsys
+):
+    shutil.copytree(whole / "whole", whole / "again")
+    with (whole / "again" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "warning": "the gradient exploded"}\n')
+    save = rl.peft.save
+    monkeypatch.setattr(rl.peft, "save", full_disk()(save))
+    config = config_of(whole, "again", export=["native"])
+    assert run(config) == 1
+    assert "adapter_model.safetensors: File too large. Make room" in capsys.readouterr().err
+    report = (whole / "again" / "report.md").read_text()
+    assert "- the gradient exploded" in report
+    assert re.search(r"\| tokens per second \| \d", report)
+    assert not (whole / "again" / "adapter").exists()
+    monkeypatch.setattr(rl.peft, "save", save)
+    assert run(config) == 0
+    assert rl.peft.read(whole / "again" / "adapter").settings.r == 8
+
+
+def test_a_step_that_is_not_finite_is_told_also_where_it_cannot_be_kept(tmp_path):
+    told = Told(np.nan, np.nan, False, 0, 0)
+    batch = Batch(*np.zeros((6, 4, 16), np.int32))
+    with full_disk():
+        said = str(keep_failed(tmp_path, 3, batch, told, 2))
+    assert "Step 3 is not finite" in said and "could not be written: [Errno 27]" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_program_itself_is_a_traceback(whole, one_device, monkeypatch, capsys):
+    monkeypatch.setattr(program, "read", lambda _: int("a bug"))
+    with pytest.raises(SystemExit, match=r"^1$"):
+        run(config_of(whole, "bug"))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_chats_are_told_the_day_on_which_the_run_began(place, tmp_path):
+    template = {"chat_template": "w{{ strftime_now('%d') | int }} {{ messages[1].content }}"}
+    template["chat_template"] += "{# #}"
+    model = edited(place, "dated", tokenizer_config=template)
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    (tmp_path / "rows.jsonl").write_text(f'{{"messages": {json.dumps(turns)}}}\n')
+    settings = flags.read([config_of(place, "day", model=model, dataset=str(tmp_path / "rows.jsonl"), output=str(tmp_path))])
+    beginning.keep(tmp_path, datetime.datetime(2024, 2, 7))
+    assert program.read(settings).rows.train[0].tokens.tolist() == 1
+
+
+def test_a_quantized_run_in_bfloat16_trains_saves_by_time_and_reports(
+    whole, one_device, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(job, "make", lambda *args, make=job.make: made.append(make(*args)) or made[0])
+    changes = {"quant_bits": 4, "bfloat16": True, "save_every": 100, "save_minutes": 1e-9}
+    assert run(config_of(whole, "small", **changes)) == 0
+    assert steps(whole, "small") == ["3", "4"]
+    told = losses(whole, "small")
+    assert list(told) == [1, 2, 3, 4] and told[4] < told[1]
+    print(jax.tree.map(lambda x: (x.shape, x.dtype, x.nbytes), made[0].base))
+    assert 0
 
 
 def test_a_step_that_is_not_finite_is_kept_and_not_applied(whole, one_device, capsys):
@@ -269,9 +335,9 @@ def test_a_plan_is_made_of_the_run_itself_without_weights(place, monkeypatch, ca
 
     monkeypatch.setattr(rl.plan, "plan", plan)
     flags = ("--plan", "v5e:2x2", "--model", "meta-llama/Llama-3.2-1B-Instruct", "--rank", "64")
-    assert run(config_of(place, "plan"), *flags, "--bfloat16") == 0
+    assert run(config_of(place, "plan"), *flags, "--bfloat16", "--batch-per-device", "2") == 0
     said = capsys.readouterr().out
-    assert "llama-3.2-1b, rank 64: 4 x 16 tokens a step on v5e:2x2 as data 1, fsdp 4" in said
+    assert "llama-3.2-1b, rank 64: 8 x 16 tokens a step on v5e:2x2 as data 1, fsdp 4" in said
     assert "it fits: each device needs 1.00 of 15.00 GiB" in said
     assert run(config_of(place, "plan"), "--plan", "v5e:4x4") == 2
     assert "batch must be a multiple of data * fsdp = 16 on v5e:4x4" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import rslora_jax as rl
 from finetune import flags, keys, modules
 from finetune.resolve import resolve
 from finetune.settings import ConfigError, Settings, hints
+from finetune.settling import in_steps, on_mesh
 from finetune.translations import TRANSLATIONS
 from finetune.yaml_file import load
 from llama import Llama, LlamaConfig
@@ -46,7 +47,7 @@ MEANINGS = [
     ("use_rsLoRA: true", {"use_rslora": True}),
     ("use_rsLoRA: false", {"use_rslora": False}),
     ("lora_rank: 64", {"rank": 64, "use_rslora": False}),
-    ("lora_alpha: 32", {"alpha": 32.0}),
+    ("lora_alpha: 32", {"alpha": 32.0, "use_rslora": False}),
     ("quant_bits: 8", {"quant_bits": 8}),
     # FinLoRA's JSON
     ("base_model: a/b", {"model": "a/b"}),
@@ -54,7 +55,7 @@ MEANINGS = [
     ("lora_r: 8", {"rank": 8, "use_rslora": False}),
     ("peft_use_rslora: true", {"use_rslora": True}),
     ("num_epochs: 4", {"epochs": 4.0}),
-    ("batch_size: 8", {"batch": 8}),
+    ("batch_size: 8", {"batch_per_device": 8}),
     ("gradient_accumulation_steps: 2", {"accumulation": 2}),
     ("learning_rate: 1e-4", {"learning_rate": 1e-4}),
     # Axolotl
@@ -80,7 +81,7 @@ MEANINGS = [
     ("loraplus_lr_ratio: 16", {"lora_plus_ratio": 16.0}),
     ("max_steps: 100", {"steps": 100}),
     ("max_steps: -1", {}),
-    ("micro_batch_size: 2", {"batch": 2}),
+    ("micro_batch_size: 2", {"batch_per_device": 2}),
     ("warmup_ratio: 0.1", {"warmup": 0.1}),
     ("warmup_steps: 10", {"warmup_steps": 10}),
     ("weight_decay: 0.0", {"weight_decay": 0.0}),
@@ -89,7 +90,7 @@ MEANINGS = [
     ("sample_packing: false", {"packing": False}),
     ("bf16: true", {"bfloat16": True}),
     ("bf16: full", {"bfloat16": True}),
-    ("bf16: auto", {}),
+    ("bf16: auto", {"bfloat16_on": "accelerators"}),
     ("bfloat16: no", {"bfloat16": False}),
     ("gradient_checkpointing: true", {"remat": "full"}),
     ("gradient_checkpointing: false", {"remat": "none"}),
@@ -113,7 +114,7 @@ MEANINGS = [
     ("r: 8", {"rank": 8, "use_rslora": False}),
     ("target_modules: [mlp.up_proj]", {"targets": ("up_proj/kernel",)}),
     ("num_train_epochs: 2", {"epochs": 2.0}),
-    ("per_device_train_batch_size: 2", {"batch": 2}),
+    ("per_device_train_batch_size: 2", {"batch_per_device": 2}),
     ("max_length: 64", {"length": 64}),
     ("special_tokens: {pad_token: <|end_of_text|>}", {}),
 ]
@@ -228,6 +229,11 @@ WRONG = [
         "datasets:\n- path: a\n  type:\n    format: '[INST] {instruction} [/INST]'",
         ":4: datasets[0].type.format is not supported: prompts are read as they",
     ),
+    (
+        "datasets:\n- path: a\n  type:\n    no_input_format: '{instruction}'\n"
+        '    format: "{instruction}\\n"',
+        ":5: datasets[0].type.format is not supported: prompts are read as they",
+    ),
     ("special_tokens:\n  eos_token: x", ":2: special_tokens.eos_token is not supported"),
     ("max_steps: 0", ":1: max_steps must be at least 1, found 0."),
     ("gradient_checkpointing: offload", ":1: gradient_checkpointing must be true or false"),
@@ -268,6 +274,8 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, text, wanted):
             ":2: lora_target_linear sets targets to all-linear, but lora_target_modules on line 1",
         ),
         ("warmup_ratio: 0.1\nwarmup_steps: 10", ":2: warmup_steps takes the place of warmup_ratio"),
+        ("batch: 4\nbatch_size: 1", ":2: batch_size takes the place of batch on line 1"),
+        ("bf16: auto\nbfloat16: true", ":1: bf16 takes the place of bfloat16 on line 2"),
         ("max_steps: 5\nnum_epochs: 3", ":1: max_steps takes the place of num_epochs on line 2"),
         (
             "test_datasets: [{path: a}]\nval_set_size: 0.1",
@@ -349,7 +357,7 @@ def test_finloras_json_of_one_run_is_read_and_names_the_output(here):
     )
     found = flags.read(["runs.json"])
     assert found.model == RUN["base_model"]
-    assert (found.rank, found.quant_bits, found.epochs, found.batch) == (8, 8, 4.0, 8)
+    assert (found.rank, found.quant_bits, found.epochs, found.batch_per_device) == (8, 8, 4.0, 8)
     assert found.use_rslora and found.output == Path("outputs/ner_r8")
 
 
@@ -411,7 +419,7 @@ def test_flags_win_over_the_file_and_the_rest_stays(here):
     assert sources["alpha"] == f"{LAST}:4 alpha" and "batch" not in sources
     shown = flags.describe(flags.Parsed(settings, sources)).splitlines()
     assert any(line.split() == ["rank", "64", "--rank"] for line in shown)
-    assert any(line.split() == ["batch", "4", "default"] for line in shown)
+    assert any(line.split() == ["batch", "none", "default"] for line in shown)
 
 
 def test_everything_can_be_said_by_flags_alone(here):
@@ -552,12 +560,77 @@ def test_every_name_of_a_module_is_a_weight_of_the_llama_and_takes_its_rank():
 
 def test_what_was_asked_per_epoch_becomes_steps():
     asked = Settings(warmup_steps=5, evals_per_epoch=4, saves_per_epoch=3, epochs=3)
-    found = asked.in_steps(total=30, epoch=10)
+    found = in_steps(asked, total=30, epoch=10)
     assert (found.eval_every, found.save_every) == (2, 3)
     assert round(found.warmup * 30) == 5
     assert (found.warmup_steps, found.evals_per_epoch, found.saves_per_epoch) == (None, None, None)
-    assert Settings(warmup_steps=99).in_steps(30, 10).warmup == 1.0
-    assert Settings().in_steps(30, 10) == Settings()
+    assert in_steps(Settings(warmup_steps=99), 30, 10).warmup == 1.0
+    assert in_steps(Settings(), 30, 10) == Settings()
+
+
+@pytest.mark.parametrize(
+    "asked, one, sixteen",
+    [
+        ({}, 4, 16),
+        ({"batch": 32}, 32, 32),
+        ({"batch_per_device": 3}, 3, 48),
+        ({"batch": 5, "batch_per_device": 3}, 3, 48),
+    ],
+)
+def test_rows_of_a_device_become_those_of_all_and_the_default_is_rounded_up(asked, one, sixteen):
+    for axes, wanted in (((1, 1, 2), one), ((2, 8, 4), sixteen)):
+        mesh = dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
+        found = on_mesh(Settings(**asked), mesh, "cpu")
+        assert (found.batch, found.batch_per_device) == (wanted, None)
+        assert on_mesh(found, mesh, "cpu") == found
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_those_that_do():
+    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    wanted = r"= 8 on these devices, found 12; pass --batch 16, --batch-per-device 2 or"
+    with pytest.raises(ConfigError, match=wanted):
+        on_mesh(Settings(batch=12), mesh, "cpu")
+    with pytest.raises(ConfigError, match="= 8 on v5e:2x4, found 1; pass --batch 8, "):
+        on_mesh(Settings(batch=1, plan="v5e:2x4"), mesh, "tpu")
+
+
+@pytest.mark.parametrize("platform, wanted", [("cpu", False), ("gpu", True), ("tpu", True)])
+def test_bfloat16_on_accelerators_asks_the_devices(platform, wanted):
+    asked = Settings(bfloat16_on="accelerators")
+    found = on_mesh(asked, {"data": 1, "fsdp": 1, "tensor": 1}, platform)
+    assert (found.bfloat16, found.bfloat16_on) == (wanted, None)
+
+
+def test_flags_choose_the_batch_whichever_way_the_file_says_it(here):
+    common = "model: m\ndataset: train.jsonl\n"
+    mesh = {"data": 1, "fsdp": 2, "tensor": 1}
+    for text, flag, wanted in (
+        ("", [], 4),
+        ("micro_batch_size: 8", [], 16),
+        ("micro_batch_size: 8", ["--batch", "6"], 6),
+        ("micro_batch_size: 8", ["--batch-per-device", "5"], 10),
+        ("batch: 8", ["--batch-per-device", "5"], 10),
+    ):
+        written(here, common + text)
+        assert on_mesh(flags.read([LAST, *flag]), mesh, "cpu").batch == wanted
+
+
+def test_a_setting_that_was_worked_out_is_shown_with_where_its_source_stands(here):
+    written(here, "model: m\ndataset: train.jsonl\nmicro_batch_size: 8\nbf16: auto\n")
+    parsed = flags.parse([LAST])
+    settled = on_mesh(parsed.settings, {"data": 2, "fsdp": 2, "tensor": 1}, "gpu")
+    shown = [line.split() for line in flags.describe(parsed._replace(settings=settled)).split("\n")]
+    assert ["batch", "32", f"{LAST}:3", "micro_batch_size"] in shown
+    assert ["bfloat16", "True", f"{LAST}:4", "bf16"] in shown
+    assert not {"batch_per_device", "bfloat16_on"} & {line[0] for line in shown}
+
+
+def test_a_rank_or_alpha_of_another_tool_means_its_scale_unless_rslora_is_said(tmp_path):
+    for text in ("lora_alpha: 16", "rank: 8\nlora_alpha: 16", "r: 8", "alpha: 4\nlora_r: 8"):
+        assert values(tmp_path, text)["use_rslora"] is False
+        assert values(tmp_path, f"{text}\nuse_rslora: true")["use_rslora"] is True
+    for text in ("rank: 8\nalpha: 16", "lora_r:\nlora_alpha: null"):
+        assert "use_rslora" not in values(tmp_path, text)
 
 
 def test_every_field_is_explained_and_no_two_keys_of_the_tables_clash(capsys):

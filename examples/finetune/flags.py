@@ -89,13 +89,19 @@ def from_file(config: str, run: str | None = None) -> Resolved:
 
 
 def describe(parsed: Parsed) -> str:
-    """A line for each setting: name, value, and where it comes from."""
-    rows = [(name, _shown(value)) for name, value in parsed.settings.to_dict().items()]
+    """A line for each setting: name, value, and where it comes from.
+
+    Of a setting that was worked out from the one that replaces it, that one's source.
+    """
+    replaced = {INSTEAD[name]: name for name in INSTEAD.keys() & parsed.sources.keys()}
+    sources = parsed.sources | {name: parsed.sources[by] for name, by in replaced.items()}
+    told = parsed.settings.to_dict().items()
+    used = [pair for pair in told if pair[1] is not None or pair[0] not in replaced.values()]
+    rows = [(name, _shown(value)) for name, value in used]
     names = max(len(name) for name, _ in rows)
     values = min(max(len(shown) for _, shown in rows), 40)
     return "\n".join(
-        f"{name:{names}}  {shown:{values}}  {parsed.sources.get(name, 'default')}"
-        for name, shown in rows
+        f"{name:{names}}  {shown:{values}}  {sources.get(name, 'default')}" for name, shown in rows
     )
 
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rl
-from finetune import model
+from finetune import exports, model
 from finetune.batches import Batch, Batches, local_rows, place
 from finetune.settings import Settings
+from finetune.settling import in_steps
 from finetune.step import Told, optimizer_of, schedule_of, step_of
 from rslora_jax.checkpoint import RunState
 
@@ -49,7 +50,7 @@ class Job(NamedTuple):
 def per_step(settings: Settings, batches: Batches) -> Settings:
     """Settings with warmup, evaluations and checkpoints counted in steps."""
     epoch = dataclasses.replace(batches, epochs=1.0, steps=None)
-    return settings.in_steps(batches.steps, epoch.steps)
+    return in_steps(settings, batches.steps, epoch.steps)
 
 
 def schedule(settings: Settings, batches: Batches) -> optax.Schedule:
@@ -60,6 +61,7 @@ def schedule(settings: Settings, batches: Batches) -> optax.Schedule:
 def make(settings: Settings, source: Any, batches: Batches, mesh: Mesh) -> Job:
     """Adapts, loads and places; under the mesh of `jax.set_mesh`."""
     adapted = model.adapt(settings, source.config, source.structs)
+    exports.check(settings, adapted.params.lora, adapted.sites)
     places = model.shardings(mesh, adapted)
     tx = optimizer_of(settings, batches.steps, adapted.sites)
     key = jax.random.key(settings.seed)

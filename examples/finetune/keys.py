@@ -41,7 +41,9 @@ SPELLINGS = (
     Spelling("lora_plus_ratio", "", "", "loraplus_lr_ratio"),
     Spelling("epochs", "", "num_epochs", "num_epochs", "num_train_epochs"),
     Spelling("steps", "", "", "max_steps"),
-    Spelling("batch", "", "batch_size", "micro_batch_size", "per_device_train_batch_size"),
+    Spelling(
+        "batch_per_device", "", "batch_size", "micro_batch_size", "per_device_train_batch_size"
+    ),
     Spelling("accumulation", "", "gradient_accumulation_steps", "gradient_accumulation_steps"),
     Spelling("learning_rate", "", "learning_rate", "learning_rate"),
     Spelling("warmup", "", "", "warmup_ratio"),
@@ -65,7 +67,7 @@ SPELLINGS = (
     Spelling("tensor", "", "", "tensor_parallel_size"),
 )
 FIELDS = {name: spelling.field for spelling in SPELLINGS for name in spelling.names}
-RANKS = {name for s in SPELLINGS if s.field == "rank" for name in s.names}
+LORA = {name for s in SPELLINGS if s.field in ("rank", "alpha") for name in s.names}
 
 
 class Inert(NamedTuple):

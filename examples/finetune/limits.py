@@ -25,7 +25,8 @@ ABOVE_ZERO = Limit("above 0", lambda value: value > 0)
 LIMITS: Mapping[str, Limit] = {
     **dict.fromkeys(("alpha", "alpha_pattern", "lora_plus_ratio"), ABOVE_ZERO),
     **dict.fromkeys(("epochs", "learning_rate"), ABOVE_ZERO),
-    **dict.fromkeys(("rank", "rank_pattern", "steps", "batch", "accumulation"), _at_least(1)),
+    **dict.fromkeys(("rank", "rank_pattern", "steps", "accumulation"), _at_least(1)),
+    **dict.fromkeys(("batch", "batch_per_device"), _at_least(1)),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch", "save_every"), _at_least(1)),
     **dict.fromkeys(("logits_mb", "eval_rows", "keep_last"), _at_least(1)),
     **dict.fromkeys(("data", "fsdp", "tensor"), _at_least(1)),
@@ -64,7 +65,7 @@ def typed(value: Any, hint: Any) -> Any:
       ConfigError: if it is of another type.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (typing.Union, types.UnionType):
         return None if value is None else typed(value, args[0])
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(typed(item, args[0]) for item in value)

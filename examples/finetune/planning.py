@@ -37,14 +37,17 @@ class Traced(NamedTuple):
     adapted: Adapted
 
 
-def plan(settings: Settings) -> rl.plan.Plan:
+def plan(settings: Settings, axes: dict[str, int]) -> rl.plan.Plan:
     """Compiles the run's own training step for ``settings.plan``, and prints the answer.
 
+    Args:
+      settings: of the run, `on_mesh` of these axes.
+      axes: of `mesh_axes`.
+
     Raises:
-      AdapterError: if the topology is unknown, or mesh, batch and model do not go together.
+      AdapterError: if mesh, batch and model do not go together.
     """
     shape = find_shape(settings)
-    axes = mesh_axes(settings)
     traced = trace(settings, shape, rl.plan.abstract_mesh(axes))
     found = rl.plan.plan(
         traced.step,
@@ -117,7 +120,7 @@ def mesh_axes(settings: Settings) -> dict[str, int]:
     """The sizes of the mesh on the slice to be planned for; fsdp None is what is left.
 
     Raises:
-      ConfigError: if the axes do not make up the devices, or the batch does not divide.
+      ConfigError: if the axes do not make up the devices.
     """
     devices = rl.plan.topology(settings.plan).devices
     fsdp = settings.fsdp or max(devices // (settings.data * settings.tensor), 1)
@@ -126,11 +129,6 @@ def mesh_axes(settings: Settings) -> dict[str, int]:
         raise ConfigError(
             f"{settings.plan} has {devices} devices, and data, fsdp and tensor make up "
             f"{' * '.join(map(str, axes.values()))}; change them, such as --tensor 8"
-        )
-    if settings.batch % (settings.data * fsdp):
-        raise ConfigError(
-            f"batch must be a multiple of data * fsdp = {settings.data * fsdp} on {settings.plan}, "
-            f"found {settings.batch}; pass --batch {settings.data * fsdp}, or a larger --tensor"
         )
     return axes
 

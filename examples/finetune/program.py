@@ -2,14 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 import rslora_jax as rl
-from finetune import corpus, flags, job, report
+from finetune import beginning, corpus, flags, job, report
 from finetune.batches import Batches
 from finetune.complaints import EXPECTED, complaint
 from finetune.corpus import Corpus
@@ -18,8 +18,9 @@ from finetune.examination import Examination
 from finetune.exports import export
 from finetune.journal import Journal
 from finetune.model import dtype_of
-from finetune.planning import plan
+from finetune.planning import mesh_axes, plan
 from finetune.settings import ConfigError, Settings
+from finetune.settling import on_mesh
 from finetune.training import train
 from hosts import connect, leaving_nobody_waiting, mesh_of, say
 from pretrained import open_model
@@ -62,12 +63,9 @@ def main(argv: Sequence[str], meet: Callable[[], None] = meet) -> int:
       The exit code: 0 if all was done; 2 if the settings are wrong and 1 if anything else is;
       143 after a SIGTERM, at which the state was saved.
     """
-    with leaving_nobody_waiting():
+    with leaving_nobody_waiting(EXPECTED):
         try:
-            parsed = flags.parse(argv)
-            if parsed.settings.dry_run:
-                print(f"{flags.describe(parsed)}\n")
-            return run(parsed.settings, meet)
+            return run(flags.parse(argv), meet)
         except EXPECTED as error:
             print(complaint(error), file=sys.stderr, flush=True)
             code = 2 if isinstance(error, ConfigError) else 1
@@ -76,22 +74,45 @@ def main(argv: Sequence[str], meet: Callable[[], None] = meet) -> int:
         return code
 
 
-def run(settings: Settings, meet: Callable[[], None]) -> int:
+def run(parsed: flags.Parsed, meet: Callable[[], None]) -> int:
     """Plans, or says what would be done, or does it."""
-    if settings.plan is not None:
-        plan(settings)
+    asked = parsed.settings
+    if asked.plan is not None:
+        axes = mesh_axes(asked)
+        plan(settled(parsed, axes, "tpu"), axes)
         return 0
     meet()
+    mesh = mesh_for(asked)
+    settings = settled(parsed, mesh.shape, mesh.devices.flat[0].platform)
     phases = Phases()
     with phases("read"):
         data = read(settings)
     settings = job.per_step(settings, data.batches)
-    mesh = mesh_of(settings.data, settings.fsdp, settings.tensor, settings.batch)
     with jax.set_mesh(mesh):
         if settings.dry_run:
             dry_run(settings, *data, mesh)
             return 0
         return fine_tune(settings, data, mesh, phases)
+
+
+def mesh_for(settings: Settings) -> Mesh:
+    """The mesh that was asked for.
+
+    Raises:
+      ConfigError: if its axes do not make up the devices.
+    """
+    try:
+        return mesh_of(settings.data, settings.fsdp, settings.tensor)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def settled(parsed: flags.Parsed, axes: Mapping[str, int], platform: str) -> Settings:
+    """What was asked, on a mesh; a dry run tells it."""
+    settings = on_mesh(parsed.settings, axes, platform)
+    if settings.dry_run:
+        say(f"{flags.describe(parsed._replace(settings=settings))}\n")
+    return settings
 
 
 def read(settings: Settings) -> Data:
@@ -102,22 +123,26 @@ def read(settings: Settings) -> Data:
 
 
 def fine_tune(settings: Settings, data: Data, mesh: Mesh, phases: Phases) -> int:
-    """Loads, trains, exports and reports."""
+    """Loads, trains, exports and reports, also of a run whose export fails."""
     settings.output.mkdir(parents=True, exist_ok=True)
+    beginning.keep(settings.output, data.rows.now)
     with phases("load"):
         made = job.make(settings, data.source, data.batches, mesh)
-    say(f"{rl.describe(made.adapted.sites)}\n{data.batches.stats}")
+    say(f"{rl.describe(made.adapted.sites)}\n{data.batches.stats}\n{data.rows.describe()}")
     say(f"{data.batches.steps} steps; the first one is compiled first")
     with phases("train"), open_journal(settings, data, made, mesh) as journal:
         ended = train(made, settings, journal)
     if not ended.done:
         say(f"stopped by a notice; step {ended.state.step} is saved, run it again to go on")
         return SAVED_AT_NOTICE
-    with phases("export"):
-        params = rl.LoraParams(made.base, ended.state.lora)
-        files = export(settings, data.source, params, made.adapted.sites)
-    facts = facts_of(data, made, journal, phases, files)
-    path = report.write(settings.output, settings, facts, journal.rows, journal.evaluations)
+    files: dict[str, str] = {}
+    try:
+        with phases("export"):
+            params = rl.LoraParams(made.base, ended.state.lora)
+            files |= export(settings, data.source, params, made.adapted.sites)
+    finally:
+        facts = facts_of(data, made, journal, phases, files)
+        path = report.write(settings.output, settings, facts, journal.rows, journal.evaluations)
     say(f"done in {sum(phases.seconds.values()):.0f} s: {path}")
     return 0
 
@@ -136,7 +161,8 @@ def facts_of(
 ) -> report.Facts:
     """What the report tells beside settings and metrics."""
     stats = {name.replace("_", " "): value for name, value in data.batches.stats._asdict().items()}
-    stats |= {"held-out rows": len(data.rows.held), "bad lines left out": len(data.rows.skipped)}
+    stats |= {"held-out rows": len(data.rows.held), "held-out rows cut": data.rows.cut}
+    stats["bad lines left out"] = len(data.rows.skipped)
     return report.Facts(
         sites=rl.describe(made.adapted.sites),
         data=stats,

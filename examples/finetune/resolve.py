@@ -188,8 +188,8 @@ def _strangers(found: Resolved) -> list[str]:
 
 
 def _plain_lora(found: Resolved, entries: Mapping[str, Value]) -> None:
-    """Where another tool's word for the rank stands without rsLoRA, alpha/r is meant, as there."""
-    theirs = next((name for name in entries if name in keys.RANKS), None)
-    if theirs is not None and "use_rslora" not in found.values:
+    """Where another tool's rank or alpha stands without rsLoRA, alpha/r is meant, as there."""
+    theirs = [v for name, v in entries.items() if name in keys.LORA and not v.is_null]
+    if theirs and "use_rslora" not in found.values:
         found.values["use_rslora"] = False
-        found.places["use_rslora"] = entries[theirs]
+        found.places["use_rslora"] = theirs[0]

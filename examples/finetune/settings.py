@@ -65,8 +65,10 @@ class Settings:
     """How often the data is seen."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
-    batch: int = 4
-    """Rows, or packed rows, of a micro batch, on all devices together."""
+    batch: int | None = None
+    """Rows, or packed rows, of a micro batch on all devices; by default 4, rounded up to them."""
+    batch_per_device: int | None = None
+    """The rows of each of data * fsdp groups of devices, instead of batch."""
     accumulation: int = 1
     """Micro batches of an optimizer step."""
     learning_rate: float = 1e-3
@@ -85,6 +87,8 @@ class Settings:
     """Put several short rows into one, each blind to the others."""
     bfloat16: bool = False
     """Activations and unquantized weights in bfloat16 instead of float32."""
+    bfloat16_on: Literal["accelerators"] | None = None
+    """bfloat16 unless the devices are CPUs, instead of bfloat16."""
     remat: Literal["none", "full", "dots"] = "none"
     """What to compute again in the backward pass: nothing, layers, or all but their products."""
     logits_mb: int = 64
@@ -93,7 +97,7 @@ class Settings:
     """Of the adapters, the order of the data and what is held out."""
 
     eval_every: int = 0
-    """Steps between evaluations; 0 evaluates at the end only."""
+    """Steps between evaluations; 0 evaluates before the first step and at the end."""
     evals_per_epoch: int | None = None
     """Evaluations in an epoch, instead of eval_every."""
     eval_rows: int = 200
@@ -172,21 +176,6 @@ class Settings:
             return ()
         return (rl.Rule(f"(.*/)?{re.escape(module.path)}", rank, alpha),)
 
-    def in_steps(self, total: int, epoch: int) -> "Settings":
-        """The same with warmup, eval_every and save_every for what was asked per epoch or step.
-
-        Args:
-          total: the optimizer steps of the run.
-          epoch: the optimizer steps of one epoch.
-        """
-        changes: dict[str, Any] = {}
-        if self.warmup_steps is not None:
-            changes |= {"warmup_steps": None, "warmup": min(self.warmup_steps / total, 1.0)}
-        for often, every in (("evals_per_epoch", "eval_every"), ("saves_per_epoch", "save_every")):
-            if (times := getattr(self, often)) is not None:
-                changes |= {often: None, every: max(epoch // times, 1)}
-        return dataclasses.replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values by name, without those that another one replaces."""
         unused = {other for name, other in INSTEAD.items() if getattr(self, name) is not None}
@@ -211,7 +200,9 @@ class Settings:
 INSTEAD = {
     "steps": "epochs",
     "eval_dataset": "eval_fraction",
+    "batch_per_device": "batch",
     "warmup_steps": "warmup",
+    "bfloat16_on": "bfloat16",
     "evals_per_epoch": "eval_every",
     "saves_per_epoch": "save_every",
 }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from finetune.yaml_file import FALSE, TRUE, Value, read
 
 FORMATS = ((None, None), ("context", "target"), ("prompt", "completion"))
-PLAIN = ("{instruction}", "{instruction}\n")
+PLAIN = "{instruction}"
 DATASET = {
     "ds_type": ("json", "jsonl"),
     "split": ("train",),
@@ -41,9 +41,9 @@ def linear(value: Value) -> dict[str, Any]:
 
 
 def brain_float(value: Value) -> dict[str, Any]:
-    """`bf16`: `auto` leaves the choice to us, which is that nothing was said."""
+    """`bf16`: `auto` asks the devices, once they are known."""
     if value.is_text and value.text == "auto":
-        return {}
+        return {"bfloat16_on": "accelerators"}
     return {"bfloat16": (value.is_text and value.text == "full") or read(value, bool)}
 
 
@@ -145,7 +145,7 @@ def _check_type(value: Value) -> None:
         )
     texts.pop("field_system", None)
     for name, text in texts.items():
-        if name not in ("format", "no_input_format") or text not in PLAIN:
+        if name not in ("format", "no_input_format") or text != PLAIN:
             raise value.entries()[name].wrong(
                 "is not supported: prompts are read as they stand in the data. Leave it out, or "
                 "write them out there"
