@@ -7,7 +7,6 @@ own axes' part of the weight's spec.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from rslora_jax.deferred import Deferred, leading, put_off, specs_of
 from rslora_jax.factors import Factor
+from rslora_jax.meshes import devices_along
 from rslora_jax.placements import enter, shard_maps
 from rslora_jax.tracing import Held, Walk, bind, evaluate, open_jaxpr, scan_counts, settle
 
@@ -239,15 +239,9 @@ def _enter(eqn: JaxprEqn, arg: Any, spec: Any) -> tuple[Any, Any]:
         parts = dict(enumerate(spec))
         split = any(parts.get(n) for n in a.labels if n not in sums.labels)
         arg = dataclasses.replace(arg, factors=arg.factors[:2]) if split else arg
-    base, specs = specs_of(arg.base, spec, functools.partial(_devices, eqn.params["mesh"]))
+    base, specs = specs_of(arg.base, spec, functools.partial(devices_along, eqn.params["mesh"]))
     arg = enter(eqn, dataclasses.replace(arg, base=base), spec)
     return arg, _spec(arg, spec, specs)
-
-
-def _devices(mesh: Any, entry: Any) -> int:
-    """How many devices lie along an entry of a spec."""
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _spec(arg: Held, spec: Any, base: Any) -> Held:

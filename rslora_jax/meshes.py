@@ -4,13 +4,14 @@ There a product over a sharded axis, a lookup of sharded rows, a QR and an SVD w
 their output's sharding. On Auto axes and without a mesh nothing is said: XLA finds its own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-__all__ = ["along", "automatic", "entries"]
+__all__ = ["along", "automatic", "devices_along", "entries"]
 
 
 def along(labels: Sequence[int], sides: Sequence[Any]) -> NamedSharding | None:
@@ -76,6 +77,18 @@ def automatic(function: Callable[..., Any], *args: Any, out: NamedSharding | Non
     place = NamedSharding(mesh, PartitionSpec()) if out is None else out
     wrapped = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=place)
     return wrapped(*args)
+
+
+def devices_along(mesh: Any, entry: Any) -> int:
+    """How many devices lie along an entry of a PartitionSpec.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+      >>> [devices_along(mesh, entry) for entry in (None, "fsdp", ("fsdp", "tensor"))]
+      [1, 4, 8]
+    """
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _explicit_mesh(leaf: Any) -> Any:

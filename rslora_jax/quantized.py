@@ -53,6 +53,14 @@ class Quantized:
         """The weight's dtype."""
         return jnp.dtype(self.weight_dtype)
 
+    def __jax_array__(self) -> Any:
+        """Refuses to be taken for an array: the original function does not know how to form it."""
+        raise TypeError(
+            f"A weight of shape {self.shape} is quantized to {self.format}, and was used as an "
+            "array. Call the function that rl.adapt or rl.attach returned (rl.attach(f, []) is f "
+            "without adapters), or rl.quantize.dequantize the tree."
+        )
+
     def __getitem__(self, index: tuple[int | slice, ...]) -> "Quantized":
         """A part of it, picked along axes whose entries have a scale each, or taken whole."""
 
@@ -97,13 +105,17 @@ def struct_of(leaf: Any) -> Any:
     )
 
 
-def part_spec(spec: Any, part: Any, weight: Quantized) -> PartitionSpec:
+def part_spec(
+    spec: Any, part: Any, weight: Quantized, devices: Callable[[Any], int] = lambda entry: 1
+) -> PartitionSpec:
     """The spec of a part of a quantized weight: axes of which it has all entries or blocks.
 
     Args:
       spec: the weight's.
       part: `weight.values` or `weight.scales`.
       weight: the quantized weight.
+      devices: how many devices lie along an entry of the spec; scales whose blocks they do not
+        divide are whole along that axis.
 
     Example:
       >>> ints, scales = (jax.ShapeDtypeStruct((4, n), "int8") for n in (6, 1))
@@ -111,5 +123,9 @@ def part_spec(spec: Any, part: Any, weight: Quantized) -> PartitionSpec:
       P('x', None)
     """
     entries = (*spec, *[None] * (weight.ndim - len(spec)))
-    shared = [1 == n < whole for n, whole in zip(part.shape, weight.shape, strict=True)]
-    return PartitionSpec(*(None if one else e for one, e in zip(shared, entries, strict=True)))
+
+    def fits(size: int, whole: int, entry: Any) -> bool:
+        return size == whole or (size > 1 and size % devices(entry) == 0)
+
+    sizes = zip(part.shape, weight.shape, entries, strict=True)
+    return PartitionSpec(*(entry if fits(n, m, entry) else None for n, m, entry in sizes))

@@ -313,13 +313,19 @@ def test_the_blocks_of_a_weight_are_split_with_its_inputs():
     np.testing.assert_array_equal(dequantize(found.base)["w"], dequantize(base)["w"])
 
 
-def test_blocks_that_do_not_go_into_the_devices_are_refused_with_the_path():
+def test_scales_whose_blocks_do_not_go_into_the_devices_are_whole():
     site = rl.Site("w", "io", (48, 8), "float32", rank=1, alpha=1.0, scale=1.0)
     base = quantize({"w": numbers(48, 8)}, [site], 4, block=16)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     lora = {"w": {"a": jnp.ones((48, 1)), "b": jnp.ones((1, 8))}}
-    with pytest.raises(rl.AdapterError, match=r"'w/scales' has shape \(3, 8\).*axis 0.*'x': 4"):
-        rl.sharding.shard(rl.LoraParams(base, lora), mesh, [site], {"w": P("x")})
+    params = rl.sharding.shard(rl.LoraParams(base, lora), mesh, [site], {"w": P("x")})
+    weight = params.base["w"]
+    assert (weight.values.sharding.spec, weight.scales.sharding.spec) == (
+        P("x", None),
+        P(None, None),
+    )
+    apply, x = jax.jit(rl.attach(lambda p, x: x @ p["w"], [site])), numbers(2, 48)
+    np.testing.assert_allclose(apply(params, x), apply(rl.LoraParams(base, lora), x), rtol=1e-5)
 
 
 def test_a_checkpoint_of_adapters_knows_the_quantized_base_that_they_belong_to(tmp_path):

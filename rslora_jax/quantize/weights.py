@@ -24,7 +24,7 @@ Format = Literal["int8", "int4", "nf4"]
 def quantize(
     params: Any,
     sites: Sequence[Site],
-    bits: int = 8,
+    bits: int | None = None,
     *,
     format: Format | None = None,
     block: int = BLOCK,
@@ -73,7 +73,7 @@ def quantize(
 def quantize_weight(
     site: Site,
     weight: Any,
-    bits: int = 8,
+    bits: int | None = None,
     *,
     format: Format | None = None,
     block: int = BLOCK,
@@ -155,11 +155,11 @@ def _layout(
     return (*outputs, *channels), ((last, size),)
 
 
-def _format(bits: int, format: str | None, block: int) -> str:
+def _format(bits: int | None, format: str | None, block: int) -> str:
     if not isinstance(block, int) or block < 1:
         raise AdapterError(f"A block is a whole number of neighbours from 1 on, found {block!r}.")
-    chosen = ("int8" if bits == 8 else "nf4" if bits == 4 else None) if format is None else format
-    if chosen is None or FORMATS.get(chosen) != bits:
+    chosen = {None: "int8", 8: "int8", 4: "nf4"}.get(bits) if format is None else format
+    if chosen not in FORMATS or bits not in (None, FORMATS[chosen]):
         known = ", ".join(f"{name} ({width} bits)" for name, width in FORMATS.items())
         asked = f"bits={bits!r}" + (f", format={format!r}" if format is not None else "")
         raise AdapterError(f"A base is quantized to one of {known}; found {asked}.")

@@ -1,12 +1,14 @@
 """Placing: NamedShardings for a whole `LoraParams`, and arrays put where they say."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rslora_jax.factors import LoraParams, factors_of
+from rslora_jax.meshes import devices_along
 from rslora_jax.paths import AdapterError, flatten, unflatten
 from rslora_jax.quantized import is_quantized, map_parts, part_spec
 from rslora_jax.sharding.checks import Placing, check_placing
@@ -153,11 +155,11 @@ def _base(mesh: Mesh | AbstractMesh, base: Any, source: Source, rules: Any) -> A
 
 def _place_of(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:
     """Where a leaf lies; of a quantized weight, where its integers and its scales do."""
+    check_placing(Placing.of_weight(path, getattr(leaf, "shape", ()), spec), mesh)
+    along = partial(devices_along, mesh)
 
     def place(part: Any) -> NamedSharding:
-        own = part_spec(spec, part, leaf) if is_quantized(leaf) else spec
-        name = f"{path}/scales" if part is getattr(leaf, "scales", None) else path
-        check_placing(Placing.of_weight(name, getattr(part, "shape", ()), own), mesh)
+        own = part_spec(spec, part, leaf, along) if is_quantized(leaf) else spec
         return NamedSharding(mesh, own, memory_kind=_memory_kind(part))
 
     return map_parts(place, leaf) if is_quantized(leaf) else place(leaf)
