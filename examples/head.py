@@ -60,10 +60,13 @@ def score(x: jax.Array, kernel: jax.Array, labels: ArrayLike, logits_bytes: int)
     return jax.tree.map(lambda part: _join(part)[:, : labels.shape[1]], scores)
 
 
+def float32_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Logits that keep the sums of their products: [B, P, d], [d, vocab] -> [B, P, vocab]."""
+    return lax.dot_general(x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _score_block(x: jax.Array, kernel: jax.Array, labels: jax.Array) -> Scores:
-    logits = lax.dot_general(
-        x, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    logits = float32_logits(x, kernel)
     # A sum over the vocabulary, where a lookup in a split axis would gather it.
     chosen = lax.broadcasted_iota(labels.dtype, logits.shape, 2) == labels[..., None]
     losses = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, 0.0), -1)

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from attention import Attention, Cache, View, extend, view_cached, view_rows
-from head import Head, Scores, score
+from head import Head, Scores, float32_logits, score
 from llama_config import LlamaConfig, RopeScaling
 from placing import SPECS, look_up, pick, place, row_parallel
 from rope import rope_frequencies, rotate
@@ -132,13 +132,14 @@ class Llama(nn.Module):
 
         Returns:
           Logits [B, T, vocab], or [B, P, vocab] with `positions`, in `dtype`; with a cache,
-          the logits and the cache with these tokens in it.
+          the logits in float32, so that the likeliest token is that of `scores`, and the cache
+          with these tokens in it.
         """
         x, cache = self._run(tokens, segments, offsets, cache)
         if positions is not None:
             x = pick(x, jnp.asarray(positions))
-        logits = self.norm(x) @ self._head()
-        return logits if cache is None else (logits, cache)
+        x = self.norm(x)
+        return x @ self._head() if cache is None else (float32_logits(x, self._head()), cache)
 
     def scores(
         self,

@@ -4,10 +4,19 @@ import errno
 
 import jax
 
+import rslora_jax as rl
 from finetune.failures import BadStepError
+from finetune.rows import DataError
+from finetune.settings import ConfigError
+from pretrained import ModelError
 
-EXPECTED = (ValueError, OSError, BadStepError, jax.errors.JaxRuntimeError)
+EXPECTED = (
+    *(ConfigError, DataError, ModelError, rl.AdapterError, BadStepError, OSError),
+    jax.errors.JaxRuntimeError,
+)
 """What a user's settings, files and machine can cause; anything else is a bug, and a traceback."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def complaint(error: BaseException) -> str:
@@ -32,6 +41,6 @@ def complaint(error: BaseException) -> str:
 def _of_system(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     said = f"{where}{error.strerror or error}"
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         return f"{said}. Make room and run it again: it goes on from the newest checkpoint."
     return said

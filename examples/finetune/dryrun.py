@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 import rslora_jax as rl
 from finetune.batches import Batches
 from finetune.corpus import Corpus
+from finetune.exports import check
 from finetune.planning import Shape, trace
 from finetune.settings import Settings
 from hosts import say
@@ -21,6 +22,7 @@ def dry_run(settings: Settings, source: Any, rows: Corpus, batches: Batches, mes
     """Prints sites, parameter counts, memory and steps."""
     traced = trace(settings, Shape(settings.model, source.config, source.structs), mesh)
     base, lora, state, _ = traced.args
+    check(settings, lora, traced.adapted.sites)
     compiled = traced.step.lower(*traced.args).compile()
     say(f"{rl.describe(traced.adapted.sites)}\n")
     parts = {"base": base, "adapters": lora, "optimizer": state}

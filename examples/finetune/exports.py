@@ -4,17 +4,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import rslora_jax as rl
 from finetune.processes import whole
-from finetune.settings import Settings
+from finetune.settings import ConfigError, Settings
 from hosts import say
+from rslora_jax.peft.travel import to_adapter
 
 FORMS = {
     "native": ("adapter", "PEFT adapter with its ranks, alphas and scaling: train on"),
     "portable": ("adapter-portable", "PEFT adapter of one rank, scales folded in: serve anywhere"),
 }
 MERGED = ("merged", "Hugging Face model with the adapters merged in")
+
+
+def check(settings: Settings, lora: Any, sites: rl.Sites) -> None:
+    """Refuses before training what could not be exported after it.
+
+    Args:
+      settings: of the run.
+      lora: its factors, abstract.
+      sites: what is adapted.
+
+    Raises:
+      ConfigError: if PEFT has no way to say what is adapted, such as the embedding of a tied model.
+    """
+    if not settings.export:
+        return
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), lora)
+    try:
+        to_adapter(zeros, sites)
+    except rl.AdapterError as error:
+        raise ConfigError(
+            f"targets and export do not go together: {error} Or ask for no PEFT folders, by "
+            "`export: []`, and for merge: true."
+        ) from error
 
 
 def export(

@@ -109,7 +109,10 @@ def _words(said: Mapping[str, Any]) -> dict[str, str]:
 def _template(folder: Path, said: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file.name} is no text of UTF-8: {error}") from error
     template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
         return {each["name"]: each["template"] for each in template}.get("default")
