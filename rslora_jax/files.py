@@ -25,7 +25,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
       The temporary path, with the same ending.
 
     Raises:
-      OSError: if the file cannot be written; `path` is then as it was before.
+      OSError: if the file cannot be written, with its name; `path` is then as it was before.
 
     Example:
       >>> import tempfile
@@ -39,7 +39,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     temporary = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
-        yield temporary
+        with _named(target):
+            yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -60,7 +61,8 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     Raises:
       AdapterError: if `path` exists and `overwrite` is False, or if it is a file. Nothing is
         written then.
-      OSError: if something cannot be written; `path` is then as it was before.
+      OSError: if something cannot be written, with its name or the folder's; `path` is then as
+        it was before.
 
     Example:
       >>> import tempfile
@@ -76,7 +78,8 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     temporary = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        yield temporary
+        with _named(target):
+            yield temporary
         _sync(temporary)
         _check_target(target, overwrite)
         _put(temporary, target)
@@ -114,6 +117,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise AdapterError(
             f"{path} cannot be read as JSON: {error}. Write or download it again."
         ) from error
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Errors of the system name a file: those of writing to an open one do not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from finetune.evaluation import Answer, Evaluation, Held, read
 from finetune.metrics import Lines, Metrics, read_lines
 from finetune.progress import Progress, Speed
 from finetune.watch import Magnitudes, Watch
+from tests.disks import full_disk
 
 
 def lines(folder):
@@ -69,6 +70,15 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"answers.jsonl", "metrics.jsonl"}
 
 
+def test_a_warning_is_kept_with_the_numbers_up_to_the_step_that_a_run_goes_on_from(tmp_path):
+    with Metrics(tmp_path) as written:
+        for step in (1, 2, 3):
+            written.warn(step, f"warning {step}")
+    with Metrics(tmp_path, 2) as written:
+        assert [row["warning"] for row in written.rows()] == ["warning 1", "warning 2"]
+        assert metrics.column(written.rows(), "loss") == ([], [])
+
+
 def test_a_run_from_the_start_begins_empty_files(tmp_path):
     for _ in range(2):
         with Metrics(tmp_path) as written:
@@ -100,17 +110,13 @@ def test_truncation_leaves_the_old_file_if_it_fails(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_full_disk_is_an_error_with_the_file_and_closes_quietly():
-    class Full:
-        name = "metrics.jsonl"
-
-        def write(self, line):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    written = object.__new__(Lines)
-    written._file = Full()
-    with pytest.raises(OSError, match=r"No space left on device: 'metrics.jsonl'"):
-        written.add({"step": 1})
+def test_a_full_disk_is_an_error_with_the_file_and_closes_quietly(tmp_path):
+    written = Lines(tmp_path / "metrics.jsonl")
+    written.add({"step": 1})
+    with full_disk(20), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
+        written.add({"step": 2})
+    written.close()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_line_is_finished_where_the_system_takes_it_in_parts():
@@ -383,6 +389,19 @@ def test_the_report_tells_all_of_a_run_in_markdown(tmp_path):
         assert line in text.splitlines(), line
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(found.name for found in tmp_path.iterdir()) == ["curves.png", "report.md"]
+
+
+def test_rows_that_ask_the_same_keep_their_own_answers():
+    held = Held(1.0, 0.5, 0.5, 2)
+    before, after = (
+        Evaluation(step, held, tuple(Answer("why?", right, f"{right}{step}") for right in "ab"))
+        for step in (0, 6)
+    )
+    lines = report.page(Settings(), report.Facts(), [before, after]).splitlines()
+    assert "| why? | a | a0 | a6 |" in lines and "| why? | b | b0 | b6 |" in lines
+    fewer = before._replace(answers=before.answers[1:])
+    lines = report.page(Settings(), report.Facts(), [fewer, after]).splitlines()
+    assert "| why? | a |  | a6 |" in lines and "| why? | b |  | b6 |" in lines
 
 
 def test_the_report_of_a_run_that_did_nothing_has_no_empty_sections():

@@ -1,5 +1,6 @@
 """Two safetensors folders: paired by name, read one tensor at a time, drawn."""
 
+import errno
 import json
 import os
 
@@ -14,8 +15,10 @@ from rslora_jax.analysis.spectra import folders
 from rslora_jax.analysis.spectra.folders import compare_folders
 from rslora_jax.analysis.spectra.spectrum import Spectra, Spectrum
 from rslora_jax.analysis.spectra.spectrum_plot import plot_energy
-from rslora_jax.files import whole_folder
-from rslora_jax.folders import open_folder
+from rslora_jax.files import whole_file, whole_folder
+from rslora_jax.folders import open_folder, write_file
+from rslora_jax.peft.shards import write_folder
+from tests.disks import full_disk
 
 RNG = np.random.default_rng(0)
 BASE = {
@@ -273,3 +276,17 @@ def test_a_file_is_named_and_missing_parents_are_made(tmp_path):
     with whole_folder(tmp_path / "new" / "out") as folder:
         (folder / "x").write_text("x")
     assert (tmp_path / "new" / "out" / "x").read_text() == "x"
+
+
+def test_a_full_disk_is_an_error_of_the_system_with_the_name_of_the_file(tmp_path):
+    tensors = {"w": np.zeros(400, "f4")}
+    with full_disk():
+        with pytest.raises(OSError, match=r"File too large: .*a\.safetensors") as caught:
+            write_file(tmp_path / "a.safetensors", tensors)
+        assert caught.value.errno == errno.EFBIG
+        with pytest.raises(OSError, match=r"File too large: .*shard-00001\.safetensors"):
+            write_folder(tmp_path / "model", tensors.items())
+        with pytest.raises(OSError, match=r"File too large: .*config\.json"):
+            with whole_file(tmp_path / "config.json") as temporary:
+                temporary.write_text(" " * 200)
+    assert list(tmp_path.iterdir()) == []

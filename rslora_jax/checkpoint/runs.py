@@ -1,5 +1,6 @@
 """Runs: the checkpoints of one training run, each of which continues it bit by bit."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -218,8 +219,11 @@ class Runs:
         """Waits as `wait` does, and ends the threads."""
         try:
             self.wait()
-        finally:
-            self._manager.close()
+        except OSError:
+            with contextlib.suppress(Exception):  # Orbax tells of the same failure once more
+                self._manager.close()
+            raise
+        self._manager.close()
 
     def __enter__(self) -> "Runs":
         return self
