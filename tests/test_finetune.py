@@ -1,14 +1,19 @@
 """A fine-tune from a YAML file, from end to end, on a tiny random Llama made on the fly."""
 
+import contextlib
+import datetime
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -17,9 +22,13 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import rslora_jax as rl
-from finetune import program
+from finetune import beginning, flags, job, program
+from finetune.batches import Batch
+from finetune.failures import keep_failed
 from finetune.journal import Journal
+from finetune.step import Told
 from pretrained import open_model
+from tests.disks import full_disk
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(29))]
 SIZES = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
@@ -200,18 +209,19 @@ def test_checkpoints_of_another_run_are_refused_and_kept(whole, one_device, caps
 
 
 def test_a_full_disk_keeps_what_is_complete(whole, one_device, monkeypatch, capsys):
+    folder = whole / "full"
     with contextlib.ExitStack() as stack:
 
         def fill():
-            while not (whole / "full" / "checkpoints" / "3").exists():
-                time.sleep(0.01)  # it is written by another thread
-            stack.enter_context(full_disk())
+            while not (folder / "checkpoints" / "2").exists():
+                time.sleep(0.01)  # another thread writes it
+            stack.enter_context(full_disk((folder / "metrics.jsonl").stat().st_size))
 
-        at_step(monkeypatch, 4, fill)
-        assert run(config_of(whole, "full")) == 1
+        at_step(monkeypatch, 3, fill)
+        assert run(config_of(whole, "full", save_every=2)) == 1
     said = capsys.readouterr().err
-    assert "File too large" in said and "Traceback" not in said
-    assert steps(whole, "full") == ["3"]
+    assert "metrics.jsonl: File too large. Make room" in said and "Traceback" not in said
+    assert steps(whole, "full") == ["2"] and list(losses(whole, "full")) == [1, 2, 3]
 
 
 def test_a_finished_run_that_is_started_again_tells_of_its_first_start(
@@ -221,7 +231,7 @@ def test_a_finished_run_that_is_started_again_tells_of_its_first_start(
     with (whole / "again" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "warning": "the gradient exploded"}\n')
     save = rl.peft.save
-    monkeypatch.setattr(rl.peft, "save", full_disk()(save))
+    monkeypatch.setattr(rl.peft, "save", full_disk(1500)(save))
     config = config_of(whole, "again", export=["native"])
     assert run(config) == 1
     assert "adapter_model.safetensors: File too large. Make room" in capsys.readouterr().err
@@ -235,7 +245,7 @@ def test_a_finished_run_that_is_started_again_tells_of_its_first_start(
 
 
 def test_a_step_that_is_not_finite_is_told_also_where_it_cannot_be_kept(tmp_path):
-    told = Told(np.nan, np.nan, False, 0, 0)
+    told = Told(loss=np.nan, grad_norm=np.nan, tokens=0, answers=0, finite=False)
     batch = Batch(*np.zeros((6, 4, 16), np.int32))
     with full_disk():
         said = str(keep_failed(tmp_path, 3, batch, told, 2))
@@ -250,29 +260,46 @@ def test_an_error_of_the_program_itself_is_a_traceback(whole, one_device, monkey
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_chats_are_told_the_day_on_which_the_run_began(place, tmp_path):
-    template = {"chat_template": "w{{ strftime_now('%d') | int }} {{ messages[1].content }}"}
-    template["chat_template"] += "{# #}"
-    model = edited(place, "dated", tokenizer_config=template)
+def test_chats_are_told_the_day_on_which_the_run_began(place):
+    dated = "w{{ strftime_now('%d') | int }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    model = edited(place, "dated", tokenizer_config={"chat_template": dated})
     turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
-    (tmp_path / "rows.jsonl").write_text(f'{{"messages": {json.dumps(turns)}}}\n')
-    settings = flags.read([config_of(place, "day", model=model, dataset=str(tmp_path / "rows.jsonl"), output=str(tmp_path))])
-    beginning.keep(tmp_path, datetime.datetime(2024, 2, 7))
-    assert program.read(settings).rows.train[0].tokens.tolist() == 1
+    (place / "talk.jsonl").write_text(json.dumps({"messages": turns}))
+    config = config_of(place, "day", model=model, dataset=str(place / "talk.jsonl"))
+    (place / "day").mkdir()
+    beginning.keep(place / "day", datetime.datetime(2024, 2, 7))
+    read = program.read(flags.read([config])).rows
+    assert (read.now.day, read.train[0].tokens.tolist()) == (7, [10, 4, 5, 1])
+    (place / "day" / "started").write_text("noon")
+    assert run(config) == 2
+
+
+def test_what_cannot_be_exported_is_refused_before_it_is_loaded(place, one_device, capsys):
+    config = config_of(place, "tied", targets=["q_proj", "embed_tokens"], export=["portable"])
+    for more in ((), ("--dry-run",)):
+        assert run(config, *more) == 2
+        assert "targets and export do not go together" in capsys.readouterr().err
+    assert not (place / "tied" / "checkpoints").exists()
 
 
 def test_a_quantized_run_in_bfloat16_trains_saves_by_time_and_reports(
     whole, one_device, monkeypatch
 ):
     made = []
-    monkeypatch.setattr(job, "make", lambda *args, make=job.make: made.append(make(*args)) or made[0])
+    monkeypatch.setattr(
+        job, "make", lambda *args, make=job.make: made.append(make(*args)) or made[0]
+    )
     changes = {"quant_bits": 4, "bfloat16": True, "save_every": 100, "save_minutes": 1e-9}
     assert run(config_of(whole, "small", **changes)) == 0
     assert steps(whole, "small") == ["3", "4"]
     told = losses(whole, "small")
     assert list(told) == [1, 2, 3, 4] and told[4] < told[1]
-    print(jax.tree.map(lambda x: (x.shape, x.dtype, x.nbytes), made[0].base))
-    assert 0
+    base = made[0].base["params"]["layers"]
+    small, whole_one = (base["self_attn"][f"{name}_proj"]["kernel"] for name in "qk")
+    assert (whole_one.dtype, small.values.dtype) == (jnp.bfloat16, jnp.uint4)
+    assert 4 * small.values.size // 8 == whole_one.nbytes // 4
+    report = (whole / "small" / "report.md").read_text()
+    assert "| quant_bits | 4 |" in report and "| bfloat16 | True |" in report
 
 
 def test_a_step_that_is_not_finite_is_kept_and_not_applied(whole, one_device, capsys):
@@ -324,7 +351,15 @@ def test_a_dry_run_tells_all_and_writes_nothing(place, one_device, capsys):
     assert not (place / "dry").exists()
 
 
-def test_a_plan_is_made_of_the_run_itself_without_weights(place, monkeypatch, capsys):
+def test_a_plan_is_what_the_compiler_says_of_a_run(place, capsys):
+    assert run(config_of(place, "planned"), "--plan", "v5e:2x2") == 0
+    said = capsys.readouterr().out
+    assert "rank 8: 4 x 16 tokens a step on v5e:2x2 as data 1, fsdp 4, tensor 1" in said
+    assert "it fits: each device needs 0.0" in said
+    assert not (place / "planned").exists()
+
+
+def test_the_compiler_is_asked_about_the_run_itself_without_weights(place, monkeypatch, capsys):
     def plan(step, args, *, mesh_shape, **told):
         with jax.sharding.use_abstract_mesh(rl.plan.abstract_mesh(mesh_shape)):
             _, _, said = jax.eval_shape(step, *args)
@@ -369,8 +404,8 @@ def bad_inputs(place):
 
 
 def test_bad_input_is_one_message_and_no_traceback(place, one_device, capsys):
-    for flags, code, words in bad_inputs(place):
-        assert run(config_of(place, "wrong"), *flags) == code
+    for words_given, code, words in bad_inputs(place):
+        assert run(config_of(place, "wrong"), *words_given) == code
         said = capsys.readouterr().err
         assert words in said
         assert "Traceback" not in said
