@@ -159,7 +159,7 @@ def _format(bits: int | None, format: str | None, block: int) -> str:
     if not isinstance(block, int) or block < 1:
         raise AdapterError(f"A block is a whole number of neighbours from 1 on, found {block!r}.")
     chosen = {None: "int8", 8: "int8", 4: "nf4"}.get(bits) if format is None else format
-    if chosen not in FORMATS or bits not in (None, FORMATS[chosen]):
+    if chosen is None or bits not in (None, FORMATS.get(chosen)) or chosen not in FORMATS:
         known = ", ".join(f"{name} ({width} bits)" for name, width in FORMATS.items())
         asked = f"bits={bits!r}" + (f", format={format!r}" if format is not None else "")
         raise AdapterError(f"A base is quantized to one of {known}; found {asked}.")
