@@ -100,6 +100,8 @@ def test_bfloat16_generation_takes_tokens_that_are_likeliest_up_to_rounding():
     tokens, lengths = left_padded([*PROMPTS[:1], [1]])
     cache = empty_cache(TINY, 2, 11, jnp.bfloat16)
     answers = generate(found.apply, found.params, cache, tokens, lengths, limit=LIMIT)
+    told, _ = jax.eval_shape(lambda cache: found.apply(found.params, tokens, cache=cache), cache)
+    assert told.dtype == jnp.float32, "as in `scores`: bfloat16 would round the likeliest away"
     row = np.zeros((1, 12), np.int32)
     row[0, :11] = [*PROMPTS[0], *answers.rows()[0]]
     logits = np.asarray(whole(TINY)(found.params, row)[0, 4:10])

@@ -1,11 +1,9 @@
 """Runs of training: every step that is listed restores as it was, or an error says why not."""
 
-import contextlib
 import functools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -28,6 +26,7 @@ import rslora_jax as rl
 from rslora_jax.checkpoint import Preemption, Runs, RunState, fingerprint, restore
 from rslora_jax.optim import freeze_base, record_norms
 from rslora_jax.paths import AdapterError, flatten
+from tests.disks import full_disk
 
 CONFIG = rl.LoraConfig(rank=4, alpha=8.0)
 SITES = (
@@ -469,22 +468,11 @@ def a_damaged_step_is_an_error_or_makes_no_difference(copy, damage):
         assert_same(runs.restore(state_at(0), step=runs.steps()[-2]).lora, factors(2))
 
 
-@contextlib.contextmanager
-def small_disk(limit):
-    """No file may grow above `limit` bytes: writes fail as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def on_a_full_disk_the_next_call_says_so_and_the_steps_before_stay(copy, asynchronous):
     with open_run(copy, asynchronous=asynchronous) as runs:
         before = runs.restore(state_at(0))
         with pytest.raises(OSError, match=r"Step 4 could .*complete steps: \[1, 2, 3\]"):
-            with small_disk(200):
+            with full_disk(200):
                 runs.save(state_at(4))
                 runs.wait()
         assert runs.steps() == (1, 2, 3)
@@ -493,10 +481,17 @@ def on_a_full_disk_the_next_call_says_so_and_the_steps_before_stay(copy, asynchr
         assert runs.steps() == (2, 3, 4)
 
 
+def leaving_a_run_on_a_full_disk_says_which_step_was_lost(copy):
+    with pytest.raises(OSError, match=r"Step 4 could not be saved.*\[1, 2, 3\]"), full_disk(200):
+        with open_run(copy) as runs:
+            runs.restore(state_at(0))
+            runs.save(state_at(4))
+
+
 def an_error_of_a_save_surfaces_at_the_next_save_even_if_none_is_due(copy):
     with open_run(copy, save_every=2) as runs:
         runs.restore(state_at(0))
-        with small_disk(200):
+        with full_disk(200):
             runs.save(state_at(4))
             while runs._manager.is_saving_in_progress():
                 time.sleep(0.01)
@@ -533,6 +528,7 @@ ELSEWHERE = {
     "on a full disk the next call says so": functools.partial(
         on_a_full_disk_the_next_call_says_so_and_the_steps_before_stay, asynchronous=True
     ),
+    "leaving a run on a full disk says so": leaving_a_run_on_a_full_disk_says_which_step_was_lost,
     "on a full disk a save that waits says so": functools.partial(
         on_a_full_disk_the_next_call_says_so_and_the_steps_before_stay, asynchronous=False
     ),
