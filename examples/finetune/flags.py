@@ -32,7 +32,11 @@ class Parsed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Fine-tune a Llama-family model with rank-stabilized LoRA."""
+    """Fine-tune a Llama-family model with rank-stabilized LoRA.
+
+    SIGTERM ends a run after the step at hand, which is saved; so does Ctrl-C where there is one
+    process. The same command goes on from there.
+    """
 
     config: Annotated[str | None, tyro.conf.Positional] = None
     """YAML file, first of all arguments; FinLoRA's JSON and Axolotl's keys are read too."""
