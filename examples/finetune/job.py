@@ -69,11 +69,10 @@ def make(settings: Settings, source: Any, batches: Batches, mesh: Mesh) -> Job:
     start = RunState(
         lora, opt_state, 0, key, {"run": identity(settings, batches), "position": None}
     )
-    base = model.load(settings, source, adapted, places.base)
     rows = NamedSharding(mesh, model.rows_spec(settings))
     shape = (*[settings.accumulation] * (settings.accumulation > 1), settings.batch, 1)
-    return Job(
-        base=base,
+    made = Job(
+        base=_abstract(adapted.params.base, places.base),
         start=start,
         adapted=adapted,
         step=step_of(adapted.apply, tx, _stay(start, mesh)),
@@ -81,12 +80,29 @@ def make(settings: Settings, source: Any, batches: Batches, mesh: Mesh) -> Job:
         rows=local_rows(rows, shape),
         place=functools.partial(place, sharding=rows, rows=settings.batch),
     )
+    _compile(made)
+    return made._replace(base=model.load(settings, source, adapted, places.base))
 
 
 def identity(settings: Settings, batches: Batches) -> dict[str, Any]:
     """What must be the same for a run to go on where another one ended."""
     exact = {name: getattr(settings, name) for name in EXACT}
     return {**exact, "steps": batches.steps, "order of the data": batches.fingerprint()}
+
+
+def _abstract(structs: Any, places: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), structs, places
+    )
+
+
+def _compile(made: Job) -> None:
+    """Compiles the first step before the base is there: both take much memory.
+
+    JAX keeps what it compiled, and the first call finds it.
+    """
+    batch = made.place(made.batches.read(0, made.rows))
+    made.step.lower(made.base, made.start.lora, made.start.opt_state, batch).compile()
 
 
 def _stay(start: RunState, mesh: Mesh) -> tuple[Any, Any, Told]:

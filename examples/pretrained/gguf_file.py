@@ -4,10 +4,11 @@ llama.cpp calls Mistral's models "llama" too. It keeps the rows of a "llama"'s q
 order, and Llama 3.1's change of the rotary frequencies as a tensor of divisors.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import jax.numpy as jnp
@@ -48,6 +49,37 @@ BLOCKS = {
 DIVISORS = "rope_freqs.weight"
 
 
+class Stored(NamedTuple):
+    """A tensor in a file: read when it is wanted, so that the file need not stay mapped.
+
+    Attributes:
+      path: of the file.
+      offset: of the tensor's first byte.
+      dtype, dims: of what is stored there.
+      kind: how that is to be understood.
+      shape: of the tensor, as llama.cpp writes it.
+    """
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    dims: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, tensor: gguf.ReaderTensor) -> "Stored":
+        """Where the tensor of a reader lies."""
+        data, shape = tensor.data, tuple(map(int, tensor.shape))
+        return cls(path, int(tensor.data_offset), data.dtype, data.shape, tensor.tensor_type, shape)
+
+    def floats(self) -> np.ndarray:
+        """Its numbers."""
+        count = math.prod(self.dims)
+        held = np.fromfile(self.path, self.dtype, count, offset=self.offset)
+        return gguf.quants.dequantize(held.reshape(self.dims), self.kind)
+
+
 def open_gguf(path: Path, dtype: DTypeLike) -> Source:
     """Open a GGUF file; see `open_model`."""
     try:
@@ -65,7 +97,7 @@ def _open(path: Path, reader: gguf.GGUFReader, dtype: DTypeLike) -> Source:
     architecture = metadata.expect("general.architecture", ARCHITECTURES)
     if (count := metadata.get("split.count", 1)) > 1:
         raise ModelError(f"one file of {count}; join them: llama-gguf-split --merge FIRST ONE.gguf")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: Stored.of(path, tensor) for tensor in reader.tensors}
     config = read_sizes(metadata, tensors, architecture)
     structs = structs_of(config, dtype)
     pieces = match(structs, _tensors(tensors, config, architecture), tensor_name, DIVISORS.__eq__)
@@ -155,7 +187,7 @@ def _rope_scaling(tensor: Any, theta: float, head_dim: int) -> RopeScaling | Non
     """
     if tensor is None:
         return None
-    found = np.asarray(_floats(tensor))
+    found = np.asarray(tensor.floats())
     guess = RopeScaling(float(found[-1]), 1.0, 4.0, 8192)
     plain = LlamaConfig(1, 1, 1, 1, 1, 1, head_dim, rope_theta=theta)
     changed = LlamaConfig(1, 1, 1, 1, 1, 1, head_dim, rope_theta=theta, rope_scaling=guess)
@@ -173,19 +205,13 @@ def _tensors(tensors: Mapping[str, Any], config: LlamaConfig, architecture: str)
     heads = permuted if architecture == "llama" else {}
 
     def read(name: str) -> np.ndarray:
-        weight = _floats(tensors[name])
+        weight = tensors[name].floats()
         block = re.fullmatch(r"blk\.\d+\.(\w+)\.(?:weight|bias)", name)
         count = heads.get(block[1]) if block else None
         return weight if count is None else unpermute(weight, count)
 
-    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape[::-1] for name, tensor in tensors.items()}
     return Tensors(shapes, read)
-
-
-def _floats(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """The numbers of a tensor, in memory: a view of the file must not outlive it."""
-    found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return found.copy() if np.may_share_memory(found, tensor.data) else found
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
