@@ -1,16 +1,48 @@
-"""Beginning: when a run was first started, which chat templates that name the day keep naming."""
+"""Beginning: what a run was started with, and when, which dated chat templates keep naming."""
 
 import datetime
 from pathlib import Path
 
 import jax
+import yaml
 
 from finetune.processes import first_tells
-from finetune.settings import ConfigError
+from finetune.settings import ConfigError, Settings
 from rslora_jax.files import whole_file
 
 STARTED = "started"
 """The file that holds the time."""
+
+SETTINGS = "settings.yaml"
+"""The file that holds the settings as resolved."""
+
+SAME = (
+    *("model", "rank", "alpha", "use_rslora", "targets", "rank_pattern", "alpha_pattern"),
+    *("quant_bits", "quant_format"),
+)
+"""Settings that make the model and its adapters, which a checkpoint fits or does not."""
+
+
+def refuse_another_run(settings: Settings) -> None:
+    """Says before anything is loaded that the folder holds checkpoints of other adapters.
+
+    Raises:
+      ConfigError: if it does.
+    """
+    path = settings.output / SETTINGS
+    if not path.is_file() or not any((settings.output / "checkpoints").glob("*")):
+        return
+    found, wanted = yaml.safe_load(path.read_text()), settings.to_dict()
+    pairs = [
+        f"{name} {found.get(name)} there, {wanted.get(name)} now"
+        for name in SAME
+        if found.get(name) != wanted.get(name)
+    ]
+    if pairs:
+        raise ConfigError(
+            f"{settings.output} holds checkpoints of another run: {', '.join(pairs)}. Use the "
+            "settings of that run, or another output."
+        )
 
 
 def beginning(output: Path) -> datetime.datetime:

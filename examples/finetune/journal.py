@@ -12,6 +12,7 @@ import optax
 
 import rslora_jax as rl
 from finetune import evaluation
+from finetune.beginning import SETTINGS
 from finetune.evaluation import Evaluation
 from finetune.metrics import WARNING, Metrics, column
 from finetune.processes import first_says
@@ -95,7 +96,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """Opens the files, without what was written after `step`."""
         chosen = self._settings
         if jax.process_index() == 0:
-            chosen.save(chosen.output / "settings.yaml")
+            chosen.save(chosen.output / SETTINGS)
         metrics = Metrics(chosen.output, step, tensorboard=chosen.tensorboard)
         self._metrics = self._open.enter_context(metrics)
         self._progress = self._open.enter_context(Progress(self._steps, step))

@@ -124,8 +124,10 @@ def read(settings: Settings) -> Data:
 
 def fine_tune(settings: Settings, data: Data, mesh: Mesh, phases: Phases) -> int:
     """Loads, trains, exports and reports, also of a run whose export fails."""
+    beginning.refuse_another_run(settings)
     settings.output.mkdir(parents=True, exist_ok=True)
     beginning.keep(settings.output, data.rows.now)
+    say(f"loading {settings.model}, and compiling a step")
     with phases("load"):
         made = job.make(settings, data.source, data.batches, mesh)
     say(f"{rl.describe(made.adapted.sites)}\n{data.batches.stats}\n{data.rows.describe()}")
