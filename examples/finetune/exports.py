@@ -10,7 +10,6 @@ import rslora_jax as rl
 from finetune.processes import whole
 from finetune.settings import ConfigError, Settings
 from hosts import say
-from rslora_jax.peft.travel import to_adapter
 
 FORMS = {
     "native": ("adapter", "PEFT adapter with its ranks, alphas and scaling: train on"),
@@ -34,7 +33,7 @@ def check(settings: Settings, lora: Any, sites: rl.Sites) -> None:
         return
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), lora)
     try:
-        to_adapter(zeros, sites)
+        rl.peft.to_adapter(zeros, sites)
     except rl.AdapterError as error:
         raise ConfigError(
             f"targets and export do not go together: {error} Or ask for no PEFT folders, by "

@@ -6,7 +6,7 @@ from rslora_jax.peft.modules import Module, PeftAdapter, read, write
 from rslora_jax.peft.names import LLAMA, llama, names
 from rslora_jax.peft.rules import Name
 from rslora_jax.peft.settings import Settings
-from rslora_jax.peft.travel import Loaded, load, save
+from rslora_jax.peft.travel import Loaded, from_adapter, load, save, to_adapter
 
 __all__ = [
     "LLAMA",
@@ -15,6 +15,7 @@ __all__ = [
     "Name",
     "PeftAdapter",
     "Settings",
+    "from_adapter",
     "hf_tensors",
     "llama",
     "load",
@@ -23,5 +24,6 @@ __all__ = [
     "names",
     "read",
     "save",
+    "to_adapter",
     "write",
 ]
