@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import rslora_jax as rl
 from finetune import exports, model
 from finetune.batches import Batch, Batches, local_rows, place
+from finetune.memory import give_back
 from finetune.settings import Settings
 from finetune.settling import in_steps
 from finetune.step import Told, optimizer_of, schedule_of, step_of
@@ -81,7 +82,9 @@ def make(settings: Settings, source: Any, batches: Batches, mesh: Mesh) -> Job:
         place=functools.partial(place, sharding=rows, rows=settings.batch),
     )
     _compile(made)
-    return made._replace(base=model.load(settings, source, adapted, places.base))
+    base = model.load(settings, source, adapted, places.base)
+    give_back()
+    return made._replace(base=base)
 
 
 def identity(settings: Settings, batches: Batches) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def _compile(made: Job) -> None:
     """
     batch = made.place(made.batches.read(0, made.rows))
     made.step.lower(made.base, made.start.lora, made.start.opt_state, batch).compile()
+    give_back()
 
 
 def _stay(start: RunState, mesh: Mesh) -> tuple[Any, Any, Told]:
