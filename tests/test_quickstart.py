@@ -143,7 +143,7 @@ STUBS = {
     "while importing": ("tyro", INTERRUPT),
     "while loading": (
         "gguf",
-        f"class ReaderTensor: pass\ndef GGUFReader(path):\n    {INTERRUPT}\n",
+        f"class ReaderTensor: pass\nclass GGMLQuantizationType: pass\ndef GGUFReader(path):\n    {INTERRUPT}\n",
     ),
 }
 
