@@ -143,7 +143,8 @@ STUBS = {
     "while importing": ("tyro", INTERRUPT),
     "while loading": (
         "gguf",
-        f"class ReaderTensor: pass\nclass GGMLQuantizationType: pass\ndef GGUFReader(path):\n    {INTERRUPT}\n",
+        "class ReaderTensor: pass\nclass GGMLQuantizationType: pass\n"
+        f"def GGUFReader(path):\n    {INTERRUPT}\n",
     ),
 }
 
