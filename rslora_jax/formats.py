@@ -17,7 +17,7 @@ from rslora_jax.meshes import along, automatic
 from rslora_jax.paths import AdapterError
 from rslora_jax.quantized import Quantized, is_quantized
 
-__all__ = ["FORMATS", "Labelled", "decode", "encode", "formed"]
+__all__ = ["FORMATS", "Labelled", "block_of", "decode", "encode", "formed"]
 
 FORMATS: Mapping[str, int] = {"int8": 8, "int4": 4, "nf4": 4}
 """The bits of a weight's entry, scales apart."""
