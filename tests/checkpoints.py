@@ -118,8 +118,19 @@ def interleaved(rows, head_dim):
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path, config=TINY, tensors=None, architecture="llama", pre="smollm", said=None):
-    """A GGUF file; `tensors` may be pairs of bytes and a number format."""
+def write_gguf(
+    path,
+    config=TINY,
+    tensors=None,
+    architecture="llama",
+    pre="smollm",
+    said=None,
+    pieces=None,
+):
+    """A GGUF file; `tensors` may be pairs of bytes and a number format.
+
+    `pieces` make a SentencePiece tokenizer: its tokens, each with score and type.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_block_count(config.layers)
@@ -129,12 +140,10 @@ def write_gguf(path, config=TINY, tensors=None, architecture="llama", pre="smoll
     writer.add_head_count_kv(config.kv_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(0)
+    if pieces is None:
+        add_byte_level(writer, pre)
+    else:
+        add_sentencepiece(writer, pieces)
     for name, value in (said or {}).items():
         add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
         add.get(type(value), writer.add_uint32)(name, value)
@@ -146,3 +155,22 @@ def write_gguf(path, config=TINY, tensors=None, architecture="llama", pre="smoll
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_byte_level(writer, pre):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(0)
+
+
+def add_sentencepiece(writer, pieces):
+    tokens, scores, kinds = zip(*pieces, strict=True)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))

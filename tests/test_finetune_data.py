@@ -201,6 +201,14 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_before_the_an
     assert texts(found) == (f" one two{EOS}", f"two{EOS}")
 
 
+def test_nor_where_the_space_at_the_end_of_the_prompt_would_merge_with_the_answer():
+    spaced = byte_tokenizer(merges=[("Ġ", "t")])
+    spaced.normalizer = normalizers.Prepend(" ")
+    found = Encoder(spaced, None, (EOS_ID,), None, 100).encode(Row("", "one ", "two"))
+    assert spaced.decode(found.tokens.tolist()) == " one two"
+    assert found.answer.sum() == len("two") + 1
+
+
 def test_all_answers_of_a_chat_are_learned_each_up_to_its_end():
     turns = [("system", "s"), ("user", "u"), ("assistant", "one"), ("user", "v")]
     row = Row("", messages=_chat(*turns, ("assistant", "two")))

@@ -2,7 +2,8 @@
 
 What is learned continues exactly the tokens that a generating model would be given: the tokens of
 the prompt alone come first. Where the tokenizer would merge a prompt's end with the beginning of
-its answer, the answer is encoded by itself instead.
+its answer, the answer is encoded by itself instead: after a line's end, since some tokenizers put
+a space in front of a text.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.rows import DataError, Row
+
+LINE = "\n"  # what hardly any token goes on from
 
 
 class Encoded(NamedTuple):
@@ -154,8 +157,11 @@ class Encoder:
 
     def _continuation(self, tokens: list[int], text: str, end: str) -> list[int]:
         """What follows `tokens` when `text`, of which they are the beginning, ends with `end`."""
-        whole = self._ids(text)
-        return whole[len(tokens) :] if whole[: len(tokens)] == tokens else self._ids(end)
+        for before, longer in ((tokens, text), (self._ids(LINE), LINE + end)):
+            whole = self._ids(longer)
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        return self._ids(end)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

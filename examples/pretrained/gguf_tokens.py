@@ -1,55 +1,16 @@
-"""The tokenizer in a GGUF file: byte-level BPE, with the splittings that are known here."""
+"""The tokenizer in a GGUF file: its special tokens and chat template, around one of two kinds."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Tokenizer, processors
 
+from pretrained.byte_level import byte_level
 from pretrained.metadata import Metadata
+from pretrained.sentencepiece_bpe import sentencepiece_bpe
 from pretrained.special import Special
 
-CONTROL, USER = 3, 4  # gguf's types of tokens that are found before the text is split
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-class Splitting(NamedTuple):
-    """How a text is split before the merges.
-
-    Attributes:
-      steps: what is cut, one after the other; bytes are spelled as letters by the last.
-      normalizer: applied first, if any.
-      whole: whether a word that is a token is never merged from smaller ones.
-    """
-
-    steps: tuple[pre_tokenizers.PreTokenizer, ...]
-    normalizer: normalizers.Normalizer | None = None
-    whole: bool = False
-
-
-def _by(digits: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
-    """The expression of Llama 3 and of Qwen2, which differ in how many digits stay together."""
-    regex = Regex("|".join((CONTRACTIONS, WORDS, digits, SIGNS)))
-    split = pre_tokenizers.Split(regex, "isolated")
-    return split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-SPLITTINGS = {
-    "smollm": Splitting((pre_tokenizers.Digits(individual_digits=True), GPT2)),
-    "gpt-2": Splitting((GPT2,)),
-    "llama-bpe": Splitting(_by(r"\p{N}{1,3}"), whole=True),
-    "qwen2": Splitting(_by(r"\p{N}"), normalizers.NFC()),
-}
+UNKNOWN, CONTROL, USER = 2, 3, 4  # gguf's types of tokens that are found before a text is split
+KINDS = {"gpt2": byte_level, "llama": sentencepiece_bpe}
 
 
 def read_tokenizer(metadata: Metadata) -> Tokenizer:
@@ -58,18 +19,10 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
     Raises:
       ModelError: it is of a kind that is not known here.
     """
-    metadata.expect("tokenizer.ggml.model", ("gpt2",))
-    splitting = SPLITTINGS[metadata.expect("tokenizer.ggml.pre", tuple(SPLITTINGS))]
+    tokenizer = KINDS[metadata.expect("tokenizer.ggml.model", tuple(KINDS))](metadata)
     tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-    ids = {token: at for at, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=splitting.whole))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splitting.steps))
-    if splitting.normalizer is not None:
-        tokenizer.normalizer = splitting.normalizer
-    tokenizer.decoder = decoders.ByteLevel()
     kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-    tokenizer.add_special_tokens(_added(kinds, CONTROL))
+    tokenizer.add_special_tokens(_added(kinds, UNKNOWN) + _added(kinds, CONTROL))
     tokenizer.add_tokens(_added(kinds, USER))
     bos = read_special(metadata).bos
     if bos is not None:
@@ -106,7 +59,8 @@ def write_tokenizer_settings(metadata: Metadata) -> dict[str, Any]:
 
 def _adds_bos(metadata: Metadata) -> bool:
     """What llama.cpp does where the file is silent."""
-    return metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    of_sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
+    return of_sentencepiece or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
 
 
 def _added(kinds: list[tuple[str, int]], wanted: int) -> list[AddedToken]:

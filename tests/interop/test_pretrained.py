@@ -4,7 +4,9 @@ Run with `python -m pytest tests/interop`, in an environment with the extra `int
 """
 
 import dataclasses
+import io
 import json
+from pathlib import Path
 
 import gguf
 import jax
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import TokenType
 from safetensors.numpy import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -65,6 +69,10 @@ KINDS = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 8}),
     "mistral windowed": (MistralForCausalLM, MistralConfig, {"sliding_window": 5}),
 }
+DEVIL, DEVIL_TEST = (
+    Path(__file__).parents[2] / "examples" / "finetune" / name
+    for name in ("devil.jsonl", "devil_test.jsonl")
+)
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 40))
 
 
@@ -211,3 +219,62 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path):
     assert source.chat.render(talk, generate=True) == text
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert source.tokenizer.encode(text, add_special_tokens=False).ids == ids
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """SentencePiece's own tokenizer, made as Llama 2's was, and the GGUF file of its pieces."""
+    definitions = [json.loads(line)["completion"] for line in DEVIL.read_text().splitlines()]
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(definitions),
+        model_writer=model,
+        vocab_size=800,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    theirs = SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(theirs.id_to_piece(n), theirs.get_score(n), kind(theirs, n)) for n in range(800)]
+    config = dataclasses.replace(TINY, vocab_size=800)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return theirs, open_model(write_gguf(path, config, pieces=pieces))
+
+
+def kind(theirs, token):
+    if theirs.is_byte(token):
+        return TokenType.BYTE
+    if theirs.is_unknown(token):
+        return TokenType.UNKNOWN
+    return TokenType.CONTROL if theirs.is_control(token) else TokenType.NORMAL
+
+
+TEXTS = [
+    "A man of 1,024 words:  two spaces,   three.",
+    "naïve café 日本語 🙂 \t tab\nand a new line ",
+    " a space in front, and one behind ",
+    "",
+]
+
+
+def test_pieces_of_a_gguf_file_are_those_of_sentencepiece(trained):
+    theirs, source = trained
+    shipped = [json.loads(line)["completion"] for line in DEVIL_TEST.read_text().splitlines()]
+    for text in [*TEXTS, *shipped]:
+        ids = source.tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == theirs.encode(text), text
+        assert source.tokenizer.decode(ids) == theirs.decode(ids) == text
+
+
+def test_a_sentencepiece_tokenizer_becomes_one_that_transformers_loads(trained, tmp_path):
+    _, source = trained
+    rl.peft.merge_to_hf(tmp_path / "folder", source.load(), config=source.settings)
+    source.save_tokenizer(tmp_path / "folder")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    for text in [*TEXTS, "one</s>two"]:
+        assert theirs.encode(text) == source.tokenizer.encode(text).ids, text
+    assert theirs.encode("a")[0] == theirs.bos_token_id == source.bos
