@@ -17,6 +17,7 @@ from finetune.dryrun import dry_run
 from finetune.examination import Examination
 from finetune.exports import export
 from finetune.journal import Journal
+from finetune.memory import give_back
 from finetune.model import dtype_of
 from finetune.planning import mesh_axes, plan
 from finetune.settings import ConfigError, Settings
@@ -140,9 +141,15 @@ def fine_tune(settings: Settings, data: Data, mesh: Mesh, phases: Phases) -> int
     files: dict[str, str] = {}
     try:
         with phases("export"):
-            params = rl.LoraParams(made.base, ended.state.lora)
-            files |= export(settings, data.source, params, made.adapted.sites)
+            files |= export(
+                settings,
+                data.source,
+                rl.LoraParams(made.base, ended.state.lora),
+                made.adapted.sites,
+            )
     finally:
+        made = made._replace(base=None)  # its memory: drawing the report takes some
+        give_back()
         facts = facts_of(data, made, journal, phases, files)
         path = report.write(settings.output, settings, facts, journal.rows, journal.evaluations)
     say(f"done in {sum(phases.seconds.values()):.0f} s: {path}")

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from finetune import curves
 from finetune.evaluation import Answer, Evaluation
 from rslora_jax.files import whole_file
 
@@ -69,6 +68,8 @@ def write(
     """
     path = Path(folder, REPORT)
     if jax.process_index() == 0:
+        from finetune import curves  # noqa: PLC0415  (matplotlib is of no use before the end)
+
         curves.draw(rows, Path(folder, CURVES))
         with whole_file(path) as temporary:
             temporary.write_text(page(settings, facts, evaluations), encoding="utf-8")
