@@ -375,7 +375,10 @@ def test_the_compiler_is_asked_about_the_run_itself_without_weights(place, monke
         assert said.loss.shape == ()
         assert args[0]["params"]["layers"]["mlp"]["up_proj"]["kernel"].shape == (16, 2048, 8192)
         gib, name = 2**30, told["name"]
-        return rl.plan.Plan(name, told["topology"], 1, mesh_shape, True, gib, 15 * gib, {})
+        fits = need <= 15
+        return rl.plan.Plan(name, told["topology"], 1, mesh_shape, fits, need * gib, 15 * gib, {})
+
+    need = 1
 
     monkeypatch.setattr(rl.plan, "plan", plan)
     flags = ("--plan", "v5e:2x2", "--model", "meta-llama/Llama-3.2-1B-Instruct", "--rank", "64")
@@ -383,6 +386,11 @@ def test_the_compiler_is_asked_about_the_run_itself_without_weights(place, monke
     said = capsys.readouterr().out
     assert "llama-3.2-1b, rank 64: 8 x 16 tokens a step on v5e:2x2 as data 1, fsdp 4" in said
     assert "it fits: each device needs 1.00 of 15.00 GiB" in said
+    need = 20
+    assert run(config_of(place, "plan"), *flags, "--bfloat16", "--quant-bits", "8") == 0
+    said = capsys.readouterr().out
+    assert "it does not fit: each device needs 20.00 GiB and has 15.00, 5.00 too few" in said
+    assert "Try remat: full, a larger tensor axis or a smaller length." in said
     assert run(config_of(place, "plan"), "--plan", "v5e:4x4") == 2
     assert "batch must be a multiple of data * fsdp = 16 on v5e:4x4" in capsys.readouterr().err
 

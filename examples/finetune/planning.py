@@ -70,13 +70,25 @@ def written(settings: Settings, found: rl.plan.Plan) -> str:
     verdict = (
         f"it fits: each device needs {need} of {have} GiB and has {spare} left"
         if found.fits
-        else f"it does not fit: each device needs {need} GiB and has {have}, {spare} too few"
+        else f"it does not fit: each device needs {need} GiB and has {have}, {spare} too few. "
+        f"{_advice(settings)}"
     )
     rows = settings.batch * settings.accumulation
     mesh = ", ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     title = f"{found.name}: {rows} x {settings.length} tokens a step on {found.topology} as {mesh}"
     tables = (f"{name}, for each device\n{table}" for name, table in found.tables().items())
     return "\n\n".join((title, *tables, verdict))
+
+
+def _advice(settings: Settings) -> str:
+    """What takes less memory than these settings do."""
+    left = {
+        "remat: full": settings.remat != "full",
+        "bfloat16: true": not settings.bfloat16,
+        "quant_bits: 8": settings.quant_bits == 16,
+    }
+    ways = [way for way, is_left in left.items() if is_left]
+    return f"Try {', '.join([*ways, 'a larger tensor axis'])} or a smaller length."
 
 
 def find_shape(settings: Settings) -> Shape:
