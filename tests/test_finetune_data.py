@@ -464,7 +464,7 @@ def test_evaluation_asks_every_row_once_in_order_and_in_one_shape():
     assert found[1].segments[1].tolist() == [0] * 8
 
 
-@pytest.mark.parametrize(("name", "train", "held"), [("elements", 100, 50), ("devil", 553, 40)])
+@pytest.mark.parametrize(("name", "train", "held"), [("elements", 300, 50), ("devil", 553, 40)])
 def test_the_shipped_data_is_clean_and_what_is_held_out_is_not_learned(name, train, held):
     folder = Path(finetune.rows.__file__).parent
     rows, asked = (read_rows(folder / f"{name}{end}.jsonl").rows for end in ("", "_test"))
