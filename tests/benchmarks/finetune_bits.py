@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", choices=BASES, default=[*BASES])
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune_bits"))
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
     asked = options.output / "asked.jsonl"
     prompts = [len(path.read_text().splitlines()) for path in (TAUGHT, UNTAUGHT)]
     with whole_file(asked) as temporary:
