@@ -129,7 +129,8 @@ def write_gguf(
 ):
     """A GGUF file; `tensors` may be pairs of bytes and a number format.
 
-    `pieces` make a SentencePiece tokenizer: its tokens, each with score and type.
+    `pieces` make a SentencePiece tokenizer: its tokens, each with score and type. The file does
+    not say which of them are special.
     """
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
@@ -172,5 +173,3 @@ def add_sentencepiece(writer, pieces):
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    writer.add_bos_token_id(tokens.index("<s>"))
-    writer.add_eos_token_id(tokens.index("</s>"))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import rslora_jax as rl
-from finetune import beginning, flags, job, program
+from finetune import beginning, flags, job, program, report
 from finetune.batches import Batch
 from finetune.failures import keep_failed
 from finetune.journal import Journal
@@ -99,6 +100,29 @@ def compiled_once(tmp_path_factory):
 def one_device(monkeypatch):
     """The program sees one of the eight devices."""
     monkeypatch.setattr(program, "mesh_of", first_device)
+
+
+@pytest.fixture
+def base_leaves(monkeypatch):
+    """How many arrays of the base are there once it is loaded, and at the end."""
+    make, write, count, leaves = job.make, report.write, {}, []
+
+    def note(name):
+        count[name] = sum(leaf() is not None for leaf in leaves)
+
+    def made(*args):
+        found = make(*args)
+        leaves.extend(map(weakref.ref, jax.tree.leaves(found.base)))
+        note("loaded")
+        return found
+
+    def written(*args):
+        note("when the report is written")
+        return write(*args)
+
+    monkeypatch.setattr(job, "make", made)
+    monkeypatch.setattr(report, "write", written)
+    return count
 
 
 def first_device(*_):
@@ -244,9 +268,9 @@ def test_a_finished_run_that_is_started_again_tells_of_its_first_start(
     config = config_of(whole, "again", export=["native"])
     assert run(config) == 1
     assert "adapter_model.safetensors: File too large. Make room" in capsys.readouterr().err
-    report = (whole / "again" / "report.md").read_text()
-    assert "- the gradient exploded" in report
-    assert re.search(r"\| tokens per second \| \d", report)
+    page = (whole / "again" / "report.md").read_text()
+    assert "- the gradient exploded" in page
+    assert re.search(r"\| tokens per second \| \d", page)
     assert not (whole / "again" / "adapter").exists()
     monkeypatch.setattr(rl.peft, "save", save)
     assert run(config) == 0
@@ -307,8 +331,8 @@ def test_a_quantized_run_in_bfloat16_trains_saves_by_time_and_reports(
     small, whole_one = (base["self_attn"][f"{name}_proj"]["kernel"] for name in "qk")
     assert (whole_one.dtype, small.values.dtype) == (jnp.bfloat16, jnp.uint4)
     assert 4 * small.values.size // 8 == whole_one.nbytes // 4
-    report = (whole / "small" / "report.md").read_text()
-    assert "| quant_bits | 4 |" in report and "| bfloat16 | True |" in report
+    page = (whole / "small" / "report.md").read_text()
+    assert "| quant_bits | 4 |" in page and "| bfloat16 | True |" in page
 
 
 def test_a_step_that_is_not_finite_is_kept_and_not_applied(whole, one_device, capsys):
@@ -329,15 +353,14 @@ def test_eight_devices_train_as_one_does(whole):
     np.testing.assert_allclose(list(one.values()), list(eight.values()), atol=1e-5)
 
 
-def test_a_run_evaluates_exports_merges_and_reports(whole, one_device, capsys):
+def test_a_run_evaluates_exports_merges_and_reports(whole, one_device, base_leaves, capsys):
     make_rows(whole / "asked.jsonl", 5)
     changes = {"eval_dataset": str(whole / "asked.jsonl"), "eval_generate": 2, "merge": True}
     changes |= {"export": ["native", "portable"], "tensorboard": True, "eval_fraction": None}
     assert run(config_of(whole, "told", **{k: v for k, v in changes.items() if v is not None})) == 0
     assert "step 4: held-out loss" in capsys.readouterr().out
     folder = whole / "told"
-    report = (folder / "report.md").read_text()
-    assert "| before | after step 4 |" in report
+    assert "| before | after step 4 |" in (folder / "report.md").read_text()
     adapter, portable = (rl.peft.read(folder / f"adapter{end}") for end in ("", "-portable"))
     assert (adapter.settings.use_rslora, portable.settings.use_rslora) == (True, False)
     state = rl.checkpoint.restore(folder / "checkpoints" / "4")
@@ -348,6 +371,7 @@ def test_a_run_evaluates_exports_merges_and_reports(whole, one_device, capsys):
     assert losses(whole, "told") == losses(whole, "whole")
     saved = yaml.safe_load((folder / "settings.yaml").read_text())
     assert (saved["rank"], saved["save_every"]) == (8, 3)
+    assert base_leaves == {"loaded": 11, "when the report is written": 0}
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(place, one_device, capsys):
@@ -390,7 +414,10 @@ def test_the_compiler_is_asked_about_the_run_itself_without_weights(place, monke
     assert run(config_of(place, "plan"), *flags, "--bfloat16", "--quant-bits", "8") == 0
     said = capsys.readouterr().out
     assert "it does not fit: each device needs 20.00 GiB and has 15.00, 5.00 too few" in said
-    assert "Try remat: full, a larger tensor axis or a smaller length." in said
+    assert (
+        "Try remat: full, fewer quant_bits, a larger tensor axis, or a smaller batch or length."
+        in said
+    )
     assert run(config_of(place, "plan"), "--plan", "v5e:4x4") == 2
     assert "batch must be a multiple of data * fsdp = 16 on v5e:4x4" in capsys.readouterr().err
 

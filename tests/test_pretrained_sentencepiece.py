@@ -90,6 +90,26 @@ def test_without_tokens_of_bytes_it_is_refused(tmp_path):
         opened(tmp_path, pieces)
 
 
+def test_scores_that_rank_nothing_are_refused(tmp_path):
+    pieces = [(token, -1000.0, kind) for token, _, kind in PIECES]
+    with pytest.raises(ModelError, match=r"scores are -1000, which does not say what merges first"):
+        opened(tmp_path, pieces)
+
+
+def test_a_first_token_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=rf"bos_token_id is 999, but there are {len(PIECES)}"):
+        opened(tmp_path, bos_token_id=999)
+
+
+def test_a_file_that_names_no_special_tokens_has_those_of_llama(tmp_path):
+    said = {"bos_token_id": 260, "eos_token_id": 261, "padding_token_id": 0}
+    for wanted, source in [
+        ((1, (2,), 2), opened(tmp_path)),
+        ((260, (261,), 0), opened(tmp_path, **said)),
+    ]:
+        assert (source.bos, source.eos, source.pad) == wanted
+
+
 def test_another_model_of_tokenizers_is_refused(tmp_path):
     message = r"tokenizer\.ggml\.model is 'bert'; supported are gpt2, llama"
     with pytest.raises(ModelError, match=message):

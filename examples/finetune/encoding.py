@@ -2,8 +2,8 @@
 
 What is learned continues exactly the tokens that a generating model would be given: the tokens of
 the prompt alone come first. Where the tokenizer would merge a prompt's end with the beginning of
-its answer, the answer is encoded by itself instead: after a line's end, since some tokenizers put
-a space in front of a text.
+its answer, the answer is encoded by itself instead: after something that it does not merge with,
+since some tokenizers put a space in front of a text.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.rows import DataError, Row
 
-LINE = "\n"  # what hardly any token goes on from
+ANCHORS = ("\n", ".", "0")  # what an answer is put after, for its own tokens
 
 
 class Encoded(NamedTuple):
@@ -157,14 +157,20 @@ class Encoder:
 
     def _continuation(self, tokens: list[int], text: str, end: str) -> list[int]:
         """What follows `tokens` when `text`, of which they are the beginning, ends with `end`."""
-        for before, longer in ((tokens, text), (self._ids(LINE), LINE + end)):
-            whole = self._ids(longer)
-            if whole[: len(before)] == before:
+        whole = self._ids(text)
+        if whole[: len(tokens)] == tokens:
+            return whole[len(tokens) :]
+        for anchor in ANCHORS:
+            before, whole = self._ids(anchor), self._ids(anchor + end)
+            if whole[: len(before)] == before and self._text(whole) == self._text(before) + end:
                 return whole[len(before) :]
         return self._ids(end)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
 
     def _marks(self, answer: list[int]) -> list[bool]:
         """An answer is learned up to the first token that ends one: templates write more."""

@@ -85,10 +85,10 @@ def _advice(settings: Settings) -> str:
     left = {
         "remat: full": settings.remat != "full",
         "bfloat16: true": not settings.bfloat16,
-        "quant_bits: 8": settings.quant_bits == 16,
+        "fewer quant_bits": settings.quant_bits > 4,
     }
     ways = [way for way, is_left in left.items() if is_left]
-    return f"Try {', '.join([*ways, 'a larger tensor axis'])} or a smaller length."
+    return f"Try {', '.join([*ways, 'a larger tensor axis'])}, or a smaller batch or length."
 
 
 def find_shape(settings: Settings) -> Shape:

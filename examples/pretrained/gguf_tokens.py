@@ -2,30 +2,38 @@
 
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Tokenizer, processors
 
 from pretrained.byte_level import byte_level
+from pretrained.errors import ModelError
 from pretrained.metadata import Metadata
 from pretrained.sentencepiece_bpe import sentencepiece_bpe
 from pretrained.special import Special
 
-UNKNOWN, CONTROL, USER = 2, 3, 4  # gguf's types of tokens that are found before a text is split
 KINDS = {"gpt2": byte_level, "llama": sentencepiece_bpe}
+DEFAULTS = {"llama": {"bos": 1, "eos": 2}}  # llama.cpp's, where a file is silent
 
 
 def read_tokenizer(metadata: Metadata) -> Tokenizer:
     """Build the tokenizer.
 
     Raises:
-      ModelError: it is of a kind that is not known here.
+      ModelError: it is of a kind that is not known here, or begins texts with a token it lacks.
     """
     tokenizer = KINDS[metadata.expect("tokenizer.ggml.model", tuple(KINDS))](metadata)
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = list(zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True))
-    tokenizer.add_special_tokens(_added(kinds, UNKNOWN) + _added(kinds, CONTROL))
-    tokenizer.add_tokens(_added(kinds, USER))
+    special = _added(kinds, TokenType.UNKNOWN) + _added(kinds, TokenType.CONTROL)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(_added(kinds, TokenType.USER_DEFINED))
     bos = read_special(metadata).bos
     if bos is not None:
+        if bos >= len(tokens):
+            raise ModelError(
+                f"tokenizer.ggml.bos_token_id is {bos}, but there are {len(tokens)} tokens: the "
+                "file is damaged, or was converted badly; take another one"
+            )
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
@@ -34,18 +42,19 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
 
 def read_special(metadata: Metadata) -> Special:
     """The special tokens."""
-    said = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    said = [_special(metadata, name) for name in ("eos", "eot", "eom")]
     eos = tuple(dict.fromkeys(token for token in said if token is not None))
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata))
-    bos = metadata.get("tokenizer.ggml.bos_token_id") if adds_bos else None
-    return Special(eos, bos, metadata.get("tokenizer.ggml.padding_token_id", (*eos, 0)[0]))
+    pad = _special(metadata, "padding")
+    bos = _special(metadata, "bos") if adds_bos else None
+    return Special(eos, bos, (*eos, 0)[0] if pad is None else pad)
 
 
 def read_words(metadata: Metadata) -> dict[str, str]:
     """Special tokens by the names that chat templates use."""
     tokens = metadata["tokenizer.ggml.tokens"]
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-    ids = {ours: metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()}
+    ids = {ours: _special(metadata, name) for ours, name in names.items()}
     return {name: tokens[token] for name, token in ids.items() if token is not None}
 
 
@@ -55,6 +64,11 @@ def write_tokenizer_settings(metadata: Metadata) -> dict[str, Any]:
     settings |= read_words(metadata)
     template = metadata.get("tokenizer.chat_template")
     return settings if template is None else settings | {"chat_template": template}
+
+
+def _special(metadata: Metadata, name: str) -> int | None:
+    default = DEFAULTS.get(metadata["tokenizer.ggml.model"], {}).get(name)
+    return metadata.get(f"tokenizer.ggml.{name}_token_id", default)
 
 
 def _adds_bos(metadata: Metadata) -> bool:

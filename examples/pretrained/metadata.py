@@ -27,7 +27,10 @@ class Metadata:
         """
         value = self.get(name)
         if value is None:
-            raise ModelError(f"the metadata lacks {name!r}")
+            raise ModelError(
+                f"the metadata lacks {name!r}: convert the model again, or use its folder of "
+                "Hugging Face"
+            )
         return value
 
     def expect(self, name: str, supported: Sequence[str]) -> str:

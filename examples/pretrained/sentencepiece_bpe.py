@@ -6,15 +6,12 @@ whose union has the best score merge first. Text without a piece is spelled in t
 
 from collections.abc import Iterator, Mapping
 
+from gguf import TokenType
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from pretrained.errors import ModelError
 from pretrained.metadata import Metadata
 
-NORMAL, UNKNOWN = (
-    1,
-    2,
-)  # gguf's types of tokens: pieces that text merges into, and the one for the rest
 SPACE = "\u2581"  # what SentencePiece writes for a space
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -22,30 +19,21 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
     """Build the tokenizer, without special tokens.
 
-    As in llama.cpp, a space is put before a text and before what follows a special token.
+    As in llama.cpp, a space is put before a text and before what follows a special token. Unlike
+    there, a piece is made of pieces: SentencePiece, which trains them, knows no others.
 
     Raises:
-      ModelError: a token of a byte is missing, so that some text could not be spelled.
+      ModelError: a token of a byte is missing, so that some text could not be spelled, or the
+        scores do not say what merges first.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
-    kinds = metadata["tokenizer.ggml.token_type"]
-    ids = {token: at for at, token in enumerate(tokens)}
+    ids = {token: at for at, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     if missing := [byte for byte in BYTES if byte not in ids]:
         raise ModelError(
             f"tokenizer.ggml.tokens lacks {len(missing)} of the 256 tokens of bytes, the first is "
-            f"{missing[0]}: a SentencePiece tokenizer without them is not supported"
+            f"{missing[0]}, so some text has no tokens: use the model's Hugging Face folder"
         )
-    scores = metadata["tokenizer.ggml.scores"]
-    pieces = {
-        token: score
-        for token, score, kind in zip(tokens, scores, kinds, strict=True)
-        if kind == NORMAL
-    }
-    unknown = next(
-        (token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None
-    )
-    bpe = models.BPE(ids, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
+    merges = merges_of(_pieces(metadata))
+    tokenizer = Tokenizer(models.BPE(ids, merges, byte_fallback=True))
     spaces = [normalizers.Replace(" ", SPACE)]
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
@@ -57,9 +45,28 @@ def sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
 
 
 def merges_of(pieces: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The pairs of pieces whose union is a piece, the best score of a union first."""
+    """The pairs of pieces whose union is a piece, the best score of a union first.
+
+    Raises:
+      ModelError: all unions have one score.
+    """
+    unions = {piece: tuple(_splits(piece, pieces)) for piece in pieces}
+    scores = {pieces[piece] for piece, pairs in unions.items() if pairs}
+    if len(scores) == 1 and sum(map(bool, unions.values())) > 1:
+        raise ModelError(
+            f"all of tokenizer.ggml.scores are {scores.pop():g}, which does not say what merges "
+            "first: use the model's Hugging Face folder"
+        )
     best = sorted(pieces, key=pieces.__getitem__, reverse=True)
-    return [pair for piece in best for pair in _splits(piece, pieces)]
+    return [pair for piece in best for pair in unions[piece]]
+
+
+def _pieces(metadata: Metadata) -> dict[str, float]:
+    """The scores of what text can merge into."""
+    names = ("tokens", "scores", "token_type")
+    columns = (metadata[f"tokenizer.ggml.{name}"] for name in names)
+    merging = (TokenType.NORMAL, TokenType.UNUSED)
+    return {token: score for token, score, kind in zip(*columns, strict=True) if kind in merging}
 
 
 def _splits(piece: str, pieces: Mapping[str, float]) -> Iterator[tuple[str, str]]:

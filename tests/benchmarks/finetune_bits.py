@@ -41,7 +41,6 @@ def main() -> None:
                 "base": BASES[bits],
                 "taught": share(right[: prompts[0]], prompts[0]),
                 "untaught": share(right[prompts[0] :], prompts[1]),
-                "held-out loss": found.after,
                 "seconds": found.seconds[0],
             }
         )
@@ -50,9 +49,9 @@ def main() -> None:
 
 def words(bits: int, asked: Path, prompts: int) -> list[str]:
     """The command line of a run, but for its output."""
-    words = [str(PROGRAM / "elements.yaml"), "--quant-bits", str(bits), "--no-tensorboard"]
-    words += ["--eval-dataset", str(asked), "--eval-rows", str(prompts), "--eval-every", "0"]
-    return [*words, "--eval-generate", str(prompts)]
+    flags = ["--quant-bits", str(bits), "--no-tensorboard", "--eval-every", "0"]
+    flags += ["--eval-dataset", str(asked), "--eval-rows", str(prompts)]
+    return [str(PROGRAM / "elements.yaml"), *flags, "--eval-generate", str(prompts)]
 
 
 def share(right: Sequence[bool], of: int) -> float:

@@ -116,7 +116,11 @@ def cells(result: Result) -> Iterator[str]:
 
 def conclusions(found: Results, rate: float) -> Iterator[str]:
     """Three lines, whatever the numbers say: on rank under each scaling, and on the scalings."""
-    here = {(run.task, run.rank, run.scaling): at for run, at in found.items() if run[1] == rate}
+    here = {
+        (run.task, run.rank, run.scaling): at
+        for run, at in found.items()
+        if run.learning_rate == rate
+    }
     if not here:
         return
     ranks = [rank for _, rank, _ in here]

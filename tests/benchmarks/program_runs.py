@@ -1,6 +1,7 @@
 """Runs of the program in examples/finetune, for the benchmarks that compare several.
 
-A run that is done is not done again, and one that was cut off goes on from its checkpoint.
+A run that is done is not done again, and one that was cut off goes on from its checkpoint; what it
+spent before is not counted.
 """
 
 import json
@@ -16,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from finetune import evaluation
 from finetune.metrics import METRICS, read_lines
-from finetune.report import REPORT
+from rslora_jax.files import whole_file
 
 PROGRAM = Path(__file__).resolve().parents[2] / "examples" / "finetune"
-SPENT = "seconds.json"
+ASKED, SPENT = "asked.json", "seconds.json"
 
 
 class Result(NamedTuple):
@@ -45,21 +46,30 @@ class Result(NamedTuple):
 
 
 def train(folder: Path, words: Iterable[str]) -> None:
-    """Lets the program do one run with output in `folder`, unless it is done."""
+    """Lets the program do one run with output in `folder`, unless it is done.
+
+    Raises:
+      ValueError: another run was begun there.
+    """
+    words, asked = list(words), folder / ASKED
+    if asked.exists() and json.loads(asked.read_text()) != words:
+        raise ValueError(f"{folder} holds the run {asked.read_text()}, not {words}: delete it")
     if done(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(words))
     command = [sys.executable, str(PROGRAM), *words, "--output", str(folder)]
     started = time.perf_counter(), _processor()
     with (folder / "log.txt").open("ab") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     spent = time.perf_counter() - started[0], _processor() - started[1]
-    (folder / SPENT).write_text(json.dumps(spent))
+    with whole_file(folder / SPENT) as temporary:
+        temporary.write_text(json.dumps(spent))
 
 
 def done(folder: Path) -> bool:
     """Whether the run there came to its end."""
-    return (folder / REPORT).exists()
+    return (folder / SPENT).exists()
 
 
 def read(folder: Path) -> Result:
