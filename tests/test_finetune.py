@@ -237,6 +237,11 @@ def test_checkpoints_of_another_run_are_refused_and_kept(whole, one_device, caps
     assert "another run: learning_rate 0.01 there, 0.02 now. Use the settings of that run" in said
     assert run(config_of(whole, "whole", alpha=3)) == 2
     assert "another run: alpha 16.0 there, 3.0 now. Use the settings" in capsys.readouterr().err
+    assert run(config_of(whole, "whole", steps=5)) == 2
+    assert "another run: steps 4 there, 5 now. Use the settings" in capsys.readouterr().err
+    make_rows(whole / "others.jsonl", 20)
+    assert run(config_of(whole, "whole", dataset=str(whole / "others.jsonl"))) == 2
+    assert "another run: order of the data" in capsys.readouterr().err
     assert steps(whole, "whole") == before
     assert len(losses(whole, "whole")) == 4
 

@@ -450,6 +450,8 @@ def test_a_missing_model_or_data_file_is_said_with_its_place(here):
     with pytest.raises(ConfigError, match=r"^settings\.yaml:2 dataset: no file 'none\.jsonl' in /"):
         flags.read([LAST])
     assert flags.read([LAST, "--plan", "v5e:2x2"]).plan == "v5e:2x2"
+    with pytest.raises(ConfigError, match=rf"output must be a folder, found the file {LAST}: name"):
+        flags.read([LAST, "--dataset", LAST, "--output", LAST])
 
 
 def test_paths_are_looked_for_here_and_then_beside_the_file(here):

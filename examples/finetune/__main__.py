@@ -9,7 +9,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from session import exit_on_interrupt  # noqa: E402
 
 if __name__ == "__main__":  # before the slow imports: Ctrl-C is one line from the start
-    exit_on_interrupt("Interrupted: run it again to go on from the newest checkpoint.")
+    exit_on_interrupt(
+        "Interrupted: run it again, and it goes on from its newest checkpoint if it has one."
+    )
     from finetune.program import main
 
     sys.exit(main(sys.argv[1:]))

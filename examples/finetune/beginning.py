@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import yaml
 
+from finetune.job import EXACT
 from finetune.processes import first_tells
 from finetune.settings import ConfigError, Settings
 from rslora_jax.files import whole_file
@@ -24,7 +25,7 @@ SAME = (
 
 
 def refuse_another_run(settings: Settings) -> None:
-    """Says before anything is loaded that the folder holds checkpoints of other adapters.
+    """Says before anything is loaded that the folder holds checkpoints of another run.
 
     Raises:
       ConfigError: if it does.
@@ -33,9 +34,10 @@ def refuse_another_run(settings: Settings) -> None:
     if not path.is_file() or not any((settings.output / "checkpoints").glob("*")):
         return
     found, wanted = yaml.safe_load(path.read_text()), settings.to_dict()
+    until = "epochs" if settings.steps is None else "steps"
     pairs = [
         f"{name} {found.get(name)} there, {wanted.get(name)} now"
-        for name in SAME
+        for name in (*SAME, *EXACT, until)
         if found.get(name) != wanted.get(name)
     ]
     if pairs:

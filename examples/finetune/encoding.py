@@ -185,7 +185,8 @@ class Encoder:
         if excess > before - 1:
             raise DataError(
                 f"{row.where}: the last answer has {len(whole.tokens) - before} tokens, but a row "
-                f"may have {self._length}, one of the prompt among them: raise length or skip it"
+                f"may have {self._length}, one of the prompt among them: raise length, "
+                "or leave such rows out by --skip-bad"
             )
         gone = slice(kept, kept + excess)
         tokens, answer = np.delete(whole.tokens, gone), np.delete(whole.answer, gone)

@@ -115,7 +115,7 @@ def _flags_over(
     """What the flags do not name stays as it is in `settings`."""
     kept = {name: getattr(settings, name) for name in HIDDEN}
     default = Command(config, run, dataclasses.replace(settings, **HIDDEN))
-    command = tyro.cli(Command, prog="finetune", args=argv, default=default)
+    command = tyro.cli(Command, prog="python examples/finetune", args=argv, default=default)
     if command.config != config:
         raise ConfigError(f"The file {command.config} must come before all flags.")
     for name in HIDDEN:
@@ -178,6 +178,8 @@ def _check(settings: Settings, sources: Mapping[str, str], config: str | None) -
                 f"{sources.get(name, name)}: no file {path!r} in {Path.cwd()}{where}. "
                 f"Correct it, or name one by {_flag(name)}."
             )
+    if settings.output.exists() and not settings.output.is_dir():
+        problems.append(f"output must be a folder, found the file {settings.output}: name another.")
     if problems:
         raise ConfigError(*problems)
 

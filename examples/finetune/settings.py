@@ -82,7 +82,7 @@ class Settings:
     clip: float = 1.0
     """The largest norm of a gradient; 0 does not clip."""
     length: int = 512
-    """Tokens of a row; what is longer is cut."""
+    """Tokens of a row; of a longer one the beginning of the prompt is cut."""
     packing: bool = True
     """Put several short rows into one, each blind to the others."""
     bfloat16: bool = False
