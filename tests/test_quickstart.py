@@ -143,7 +143,7 @@ STUBS = {
     "while importing": ("tyro", INTERRUPT),
     "while loading": (
         "gguf",
-        "class ReaderTensor: pass\nclass GGMLQuantizationType: pass\n"
+        "class ReaderTensor: pass\nclass GGMLQuantizationType: pass\nclass TokenType: pass\n"
         f"def GGUFReader(path):\n    {INTERRUPT}\n",
     ),
 }
